@@ -1,0 +1,339 @@
+"""ADPA: Advantage-Guided Distillation for Preference Alignment, and ADPA+ (Gao et al., ICLR 2025, arXiv 2502.17927).
+
+Writing is a token MDP: the state is s_t = (x, y_<t), an action is the next token. An aligned teacher π_dpo and the
+model π_ref that it was aligned from give every action an advantage (section 3.2; β is absorbed by γ),
+
+    A(s_t, a) = log π_dpo(a|s_t) − log π_ref(a|s_t),
+
+and the student π_θ learns from the chosen answer y_w and from its own earlier answer ŷ:
+
+    L = −(1/|y_w|) Σ_t log π_θ(y_w,t|s_t) − γ (1/|ŷ|) Σ_t Σ_a π_θ(a|ŝ_t) A(ŝ_t, a).
+
+The inner sum is an exact expectation over the vocabulary: a policy gradient with a baseline and without sampling noise.
+
+Stages: (1) the initial student answers every prompt once, `student_answers.jsonl`; (2) training; (3) evaluation.
+ADPA+ is the same from a DCKD checkpoint: `python adpa.py --student runs/<dckd run>/model`.
+Simplified: one GPU; both teachers are scored live instead of cached. The paper's code differs in five points, among
+them a clamp that turns every negative advantage into 0: docs/adpa.md lists them.
+
+    python adpa.py                                          # the playground: a CPU, less than a minute
+    python adpa.py --student allenai/OLMo-2-0425-1B-SFT --teacher allenai/OLMo-2-1124-7B-DPO --teacher_ref \\
+        allenai/OLMo-2-1124-7B-SFT --data argilla/dpo-mix-7k --eval_data argilla/dpo-mix-7k --learning_rate 5e-7 \\
+        --gamma 1.5 --num_epochs 3 --batch_size 128 --micro_batch_size 4 --reward <reward model>        # one GPU
+"""
+
+import importlib.metadata
+import json
+import math
+import resource
+import shutil
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+from transformers import get_cosine_schedule_with_warmup
+
+from common import (
+    LM,
+    Example,
+    load_checkpoint,
+    load_reward,
+    make_examples,
+    pack,
+    per_token,
+    read_rows,
+    response_means,
+    save_checkpoint,
+    shared_vocab,
+    stage,
+    stop,
+    target_logps,
+)
+
+
+@dataclass
+class Args:
+    student: str = "playground/student"
+    """model to train: a hub id or a folder"""
+    teacher: str = "playground/teacher"
+    """frozen teacher: a hub id or a folder"""
+    data: str = "playground/data/train.jsonl"
+    """preference pairs: a .jsonl, .json or .parquet file, a folder or a hub id"""
+    data_split: str = "train"
+    """split of --data where it has several"""
+    eval_data: str = "playground/data/test.jsonl"
+    """held-out rows, of which only the prompts are used"""
+    eval_split: str = "test"
+    """split of --eval_data where it has several"""
+    reward: str = "playground.world:reward"
+    """judge of answers: module:function as in TRL (your own code is executed), or a reward model"""
+    output_dir: str = ""
+    """folder of this run (default: runs/<script>__<seed>__<time>)"""
+    resume: str = ""
+    """folder of a run that was interrupted; it goes on with the flags it had"""
+    overwrite: bool = False
+    """replace the run that --output_dir holds"""
+    seed: int = 1
+    """seed of data order and sampling"""
+    device: str = ""
+    """cpu, cuda, cuda:1, ... (default: cuda where there is one)"""
+    trust_remote_code: bool = False
+    """run code that comes with a hub model"""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """where metrics go besides metrics.jsonl"""
+    max_prompt_tokens: int = 512
+    """rows with longer prompts are dropped and counted"""
+    max_response_tokens: int = 256
+    """rows with longer answers are dropped and counted; sampling stops there"""
+    num_epochs: int = 4
+    """passes over the data"""
+    max_steps: int = 0
+    """optimiser steps, if not 0, in place of --num_epochs"""
+    batch_size: int = 32
+    """examples of an optimiser step"""
+    micro_batch_size: int = 32
+    """examples of a forward pass: a matter of memory, not of the result"""
+    logits_chunk: int = 1024
+    """response tokens whose logits are alive at a time"""
+    gradient_checkpointing: bool = False
+    """recompute the student's activations in the backward pass to save memory"""
+    warmup_ratio: float = 0.1
+    """share of the steps in which the learning rate rises; a cosine brings it to 0 after that"""
+    weight_decay: float = 0.0
+    """of AdamW"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    log_every: int = 10
+    """optimiser steps between rows of metrics.jsonl"""
+    eval_every: int = 50
+    """optimiser steps between evaluations on held-out prompts"""
+    save_every: int = 50
+    """optimiser steps between checkpoints"""
+    eval_prompts: int = 256
+    """held-out prompts per evaluation, one answer each"""
+    eval_temperature: float = 1.0
+    """temperature of the evaluation's answers; 0 is greedy"""
+    sample_batch_size: int = 256
+    """answers sampled at a time"""
+
+    # method
+    learning_rate: float = 1e-3
+    """of AdamW (playground; the paper and its code: 5e-7)"""
+    teacher_ref: str = "playground/teacher_ref"
+    """model that the teacher was aligned from; "none" leaves it out: A = log π_dpo (paper, table 2)"""
+    gamma: float = 1.0
+    """weight of the advantage term (playground; paper: best near 1.5 at learning rate 5e-7, worse from 3; code: 1.6)"""
+    states: Literal["student", "chosen", "rejected", "teacher"] = "student"
+    """on whose answers the advantage is taken (paper: the student's; the others are in appendix E)"""
+    advantage_clip: tuple[float, float] | None = None
+    """bounds of the advantage (paper: none; `1e-8 0.99999999` is what the released code does)"""
+    top_k: int = 0
+    """advantage on the teacher's k likeliest tokens alone, 0 elsewhere (paper, section 4.1: 50); 0 takes all"""
+    sample_temperature: float = 1.0
+    """of the answers ŷ that the advantage is taken on (playground; released code: 0, greedy)"""
+
+
+# ------------------------------------------------------------------------------------------------------ mathematics
+def advantages(teacher_log_probs, reference_log_probs=None, clip=None, top_k=0) -> torch.Tensor:
+    """[N, V]: A(s, a) = log π_dpo(a|s) − log π_ref(a|s) of every token (section 3.2); without a reference log π_dpo.
+    A token that one of the models excludes (probability 0) has advantage 0."""
+    advantage = teacher_log_probs - (0 if reference_log_probs is None else reference_log_probs)
+    advantage = advantage.masked_fill(~advantage.isfinite(), 0.0)
+    if clip is not None:
+        advantage = advantage.clamp(*clip)
+    if top_k:
+        likeliest = teacher_log_probs.topk(min(top_k, teacher_log_probs.shape[-1])).indices
+        advantage = torch.zeros_like(advantage).scatter(-1, likeliest, advantage.gather(-1, likeliest))
+    return advantage
+
+
+def expected_advantage(student_log_probs: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
+    """[N]: Σ_a π_θ(a|s) A(s, a), exactly, from [N, V] and [N, V]. Its gradient with respect to the student's logits is
+    π_a (A_a − E_π[A]): the expectation is its own baseline."""
+    return (student_log_probs.exp() * advantage).sum(-1)
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+def main(args: Args):
+    # ----------------------------------------------------------------------------------------------- the run folder
+    for name, value in vars(args).items():
+        least = 1 if name.endswith(("_size", "_epochs", "_every", "_tokens", "_prompts", "_chunk")) else 0
+        if type(value) in (int, float) and not least <= value < math.inf:
+            stop(f"--{name} {value} must be a number of at least {least}")
+    started = time.time()
+    run = Path(args.resume or args.output_dir or f"runs/adpa__{args.seed}__{int(started)}")
+    if args.resume:  # a run goes on with the flags it began with
+        if args != Args(resume=args.resume) or not (run / "args.json").exists():
+            stop(f"--resume {run} takes the folder of a run, which holds all flags, and no other flag")
+        args = Args(**json.loads((run / "args.json").read_text()))
+    elif run.exists() and any(run.iterdir()):
+        if not (args.overwrite and (run / "args.json").exists()):
+            stop(f"{run} is not empty; --resume the run in it, --overwrite it, or choose another --output_dir")
+        shutil.rmtree(run)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "args.json").write_text(json.dumps(vars(args), indent=1))
+
+    # ---------------------------------------------------------------------------------------------- models and data
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    student = LM(args.student, device, True, args.gradient_checkpointing, args.trust_remote_code)
+    teacher = LM(args.teacher, device, remote_code=args.trust_remote_code)
+    frozen = [teacher]
+    if args.teacher_ref != "none":
+        frozen.append(LM(args.teacher_ref, device, remote_code=args.trust_remote_code))
+        shapes = [(lm.config.num_hidden_layers, lm.config.hidden_size) for lm in frozen]
+        if shapes[0] != shapes[1]:
+            stop(f"--teacher_ref {args.teacher_ref} must be the model that --teacher was aligned from; sizes: {shapes}")
+    vocab_size = min(shared_vocab(student, lm) for lm in frozen)
+    judge = load_reward(args.reward, device, args.trust_remote_code)
+    limits = args.max_prompt_tokens, args.max_response_tokens
+    pairs = make_examples(student, read_rows(args.data, args.data_split), ("chosen", "rejected"), *limits)
+    rows = [example.row for example in pairs]
+    held_out = make_examples(student, read_rows(args.eval_data, args.eval_split, ()), (), *limits)
+    held_out = [example.row for example in held_out[: args.eval_prompts]]
+
+    # ----------------------------------------------------------------------------------------- sampling, evaluation
+    def answer(lm: LM, temperature: float, rows: list[dict], number: int) -> list[dict]:
+        """One answer {"text", "finished"} of `lm` to the prompt of every row; `number` is the first row's."""
+        prompts = [lm.encode(row["prompt"])[0] for row in rows]
+        how = {"temperature": temperature, "max_new_tokens": args.max_response_tokens, "seed": args.seed + number}
+        return [answers[0] for answers in lm.sample(prompts, batch_size=args.sample_batch_size, **how)]
+
+    def evaluate(lm: LM, rows: list[dict] = held_out, number: int = 0) -> list[dict]:
+        """The same on held-out prompts, with the judge's reward."""
+        answers = answer(lm, args.eval_temperature, rows, number)
+        rewards = judge([row["prompt"] for row in rows], [answer["text"] for answer in answers])
+        return [{**answer, "reward": reward} for answer, reward in zip(answers, rewards)]
+
+    def mean_reward(answers: list[dict]) -> float:
+        return statistics.mean(answer["reward"] for answer in answers)
+
+    before = stage(run / "eval_before.jsonl", held_out, partial(evaluate, student), args.sample_batch_size)
+    aligned = stage(run / "eval_teacher.jsonl", held_out, partial(evaluate, teacher), args.sample_batch_size)
+
+    # ------------------------------------------------------------------ stage 1: ŷ, on which the advantage is taken
+    if args.states in ("student", "teacher"):
+        write = partial(answer, student if args.states == "student" else teacher, args.sample_temperature)
+        answers = stage(run / f"{args.states}_answers.jsonl", rows, write, args.sample_batch_size)
+        rows = [{**row, args.states: answer} for row, answer in zip(rows, answers)]
+    examples = make_examples(student, rows, ("chosen", args.states), *limits)
+
+    # ---------------------------------------------------------------------------------------------------- optimiser
+    steps_per_epoch = math.ceil(len(examples) / args.batch_size)
+    total_steps = args.max_steps or args.num_epochs * steps_per_epoch
+    optimizer = torch.optim.AdamW(student.model.parameters(), args.learning_rate, weight_decay=args.weight_decay)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, math.ceil(args.warmup_ratio * total_steps), total_steps)
+    parts = {"model": student.model, "optimizer": optimizer, "scheduler": scheduler}
+    first_step = load_checkpoint(run / "checkpoint.pt", **parts)
+    metrics = run / "metrics.jsonl"
+    logged = metrics.read_text().splitlines(keepends=True) if first_step else []
+    metrics.write_text("".join(line for line in logged if json.loads(line)["step"] <= first_step))
+    if args.track == "wandb":
+        import wandb
+
+        wandb.init(project="prefdistill", name=run.name, config=vars(args), sync_tensorboard=True)
+    if args.track != "none":
+        from torch.utils.tensorboard import SummaryWriter
+
+        tracker = SummaryWriter(str(run))
+
+    # ----------------------------------------------------------------------------------------------------- training
+    seconds, tokens, shaping = 0.0, 0, {"clip": args.advantage_clip, "top_k": args.top_k}
+    for step in tqdm(range(first_step, total_steps), initial=first_step, total=total_steps, desc="training"):
+        tick, losses = time.time(), Counter()
+        epoch, place = divmod(step, steps_per_epoch)
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
+        drawn = [examples[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]]
+        for start in range(0, len(drawn), args.micro_batch_size):
+            micro = drawn[start : start + args.micro_batch_size]
+            batch = pack(micro, student)  # of every example two responses: the chosen answer y_w, then ŷ
+            states = pack([Example(row, prompt, responses[1:]) for row, prompt, responses in micro], *frozen)
+            hidden = student.hidden_states(batch)[batch.source]  # [N, H]
+            on_state = batch.response_of % 2 == 1  # [N]
+
+            # −(1/|y_w|) Σ_t log π_θ(y_w,t|s_t)
+            scored = [(student, hidden[~on_state])]
+            logps = per_token(target_logps, batch.target_ids[~on_state], scored, vocab_size, args.logits_chunk)
+            sft = -response_means(logps, batch.response_of[~on_state], batch.lengths).view(-1, 2)[:, 0]  # [B]
+
+            # (1/|ŷ|) Σ_t Σ_a π_θ(a|ŝ_t) A(ŝ_t, a)
+            scored = [(student, hidden[on_state])] + [(lm, lm.hidden_states(states)[states.source]) for lm in frozen]
+            values = per_token(
+                lambda _, ours, *theirs: expected_advantage(ours, advantages(*theirs, **shaping)),
+                *(states.target_ids, scored, vocab_size, args.logits_chunk),
+            )
+            advantage = response_means(values, states.response_of, states.lengths)  # [B]
+
+            terms = {"sft": sft.sum() / len(drawn), "advantage": advantage.sum() / len(drawn)}
+            loss = terms["sft"] - args.gamma * terms["advantage"]
+            loss.backward()
+            losses.update({"total": loss.item(), **{name: term.item() for name, term in terms.items()}})
+            tokens += batch.target_ids.numel()
+
+        # ------------------------------------------------------------------------------------------- optimiser step
+        if not math.isfinite(losses["total"]):
+            ids = [example.row["id"] for example in drawn]
+            stop(f"loss {losses['total']} in step {step} on rows {ids}; {run} keeps the checkpoint before it")
+        grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+        # -------------------------------------------------------------------------------- log, evaluate, checkpoint
+        done, row = step + 1, {}
+        seconds += time.time() - tick
+        if done % args.log_every == 0 or done == total_steps:
+            row = {f"losses/{name}": value for name, value in losses.items()}
+            row |= {"charts/learning_rate": scheduler.get_last_lr()[0], "charts/grad_norm": grad_norm.item()}
+            row |= {"charts/epoch": done / steps_per_epoch, "charts/tokens_per_second": tokens / seconds}
+        if done % args.eval_every == 0 or done == total_steps:
+            row["eval/reward"] = mean_reward(evaluate(student))
+        if row:
+            with metrics.open("a") as file:
+                file.write(json.dumps({"step": done, **row}) + "\n")
+            for key, value in row.items() if args.track != "none" else ():
+                tracker.add_scalar(key, value, done)
+        if done % args.save_every == 0 or done == total_steps:
+            save_checkpoint(run / "checkpoint.pt", done, **parts)
+
+    # ------------------------------------------------------------------------------------------------------ results
+    after = stage(run / "eval_after.jsonl", held_out, partial(evaluate, student), args.sample_batch_size)
+    student.model.save_pretrained(run / "model")
+    student.tokenizer.save_pretrained(run / "model")
+    wins = [(new["reward"] > old["reward"]) + (new["reward"] == old["reward"]) / 2 for new, old in zip(after, before)]
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(0).ru_maxrss
+    summary = {
+        "reward_before": mean_reward(before),
+        "reward_after": mean_reward(after),
+        "reward_teacher": mean_reward(aligned),
+        "win_rate": statistics.mean(wins),
+        "win_rate_stderr": statistics.pstdev(wins) / len(wins) ** 0.5,
+        "seconds": time.time() - started,
+        "tokens_per_second": tokens / max(seconds, 1e-9),
+        "peak_memory_bytes": memory,
+        "seed": args.seed,
+        "device": str(device),
+        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets", "tyro")},
+    }
+    (run / "summary.json").write_text(json.dumps(summary, indent=1))
+    answers = [{"before": old, "after": new, "teacher": best} for old, new, best in zip(before, after, aligned)]
+    (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in answers))
+    for sample in answers[:4]:
+        print(f"\n{sample['before']['prompt'][-1]['content']}")
+        for name, said in sample.items():
+            print(f"  {name:<8}{said['reward']:6.2f}   {said['text']}")
+    print("\n" + ", ".join(f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float)))
+    print(f"everything is in {run}, the model in {run / 'model'}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except OSError as error:  # a full disk, a folder without permission
+        stop(f"{error}; complete stages and checkpoints are kept: --resume the run when this is mended")
