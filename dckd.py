@@ -258,6 +258,7 @@ def main(args: Args):
             row = {f"losses/{name}": value for name, value in losses.items()}
             row |= {"charts/learning_rate": scheduler.get_last_lr()[0], "charts/grad_norm": grad_norm.item()}
             row |= {"charts/epoch": done / steps_per_epoch, "charts/tokens_per_second": tokens / seconds}
+            row["charts/tokens"] = tokens / (done - first_step) * done  # of the whole run, also when it was resumed
         if done % args.eval_every == 0 or done == total_steps:
             row["eval/reward"] = mean_reward(evaluate(student))
         if row:
