@@ -211,11 +211,13 @@ def read_rows(source: str, split: str, answers=("chosen", "rejected")) -> list[d
 
 
 def make_examples(lm: LM, rows: list[dict], answers, max_prompt_tokens: int, max_response_tokens: int) -> list[Example]:
-    """Rows as ids, with the answers in the columns `answers`. What does not fit is dropped and counted, never cut."""
+    """Rows as ids, with the answers in the columns `answers`. What does not fit is dropped and counted, never cut; only
+    a sample that never ended, which the limit cut in the first place, is cut there again should its text take more."""
     kept, dropped = [], Counter()
     for row in rows:
         prompt, responses = lm.encode(row["prompt"], [row[key] for key in answers])
         texts = [row[key] for key in answers if isinstance(row[key], str)]  # of the data, not sampled
+        responses = [r[: None if set(r[-1:]) & set(lm.end_ids) else max_response_tokens] for r in responses]
         if not all(responses) or not all(map(str.strip, ["".join(t["content"] for t in row["prompt"]), *texts])):
             dropped["empty prompt or answer"] += 1
         elif "chosen" in row and row["chosen"] == row.get("rejected"):

@@ -432,6 +432,18 @@ def test_rows_that_do_not_fit_are_dropped_and_counted(load, tmp_path, capsys):
     assert "no row left: 0 of 5 rows" in capsys.readouterr().err
 
 
+def test_a_sample_that_never_ended_is_cut_at_the_limit_again_and_a_finished_one_is_not(load, capsys):
+    """Its text may take more tokens than were sampled: text to tokens is not the inverse of tokens to text."""
+    lm, prompt = load("student"), [turn("user", "hi")]
+    long = {"text": "what a long answer this is", "finished": False}
+    whole = lm.encode(prompt, [long])[1][0]
+    row = {"id": "1", "prompt": prompt, "student": long}
+    assert make_examples(lm, [row], ("student",), 40, 4)[0].responses == [whole[:4]]
+    with pytest.raises(SystemExit):
+        make_examples(lm, [row | {"student": long | {"finished": True}}], ("student",), 40, 4)
+    assert "1 dropped (over 40 prompt or 4 response tokens)" in capsys.readouterr().err
+
+
 # -------------------------------------------------------------------------------------------------------------- stages
 ROWS = [{"id": str(i), "prompt": [turn("user", f"p{i}")]} for i in range(7)]
 
