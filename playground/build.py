@@ -37,7 +37,6 @@ from playground.world import (
     edit,
     explain,
     judge,
-    phrase,
     score,
     write,
 )
@@ -132,11 +131,7 @@ def membership(request, rng):
 
 def any_answer(request, rng):
     """An answer to be judged. Judging must also work on answers better than the writers', whose faults are others: half
-    of the draws are skilled or perfect, and a fifth are perfect but for one word, out of place or said before."""
-    if rng.random() < 0.2:
-        words = judge(request, write(request, 1.0, rng)).words
-        words[rng.randrange(len(words))] = rng.choice([*words, *rng.sample(ALL_WORDS, len(words))])
-        return phrase(words, True, rng.choice(["", *KIND_WORDS]))
+    of the draws are skilled or perfect."""
     skill = rng.choice([rng.random(), rng.random(), rng.uniform(0.8, 1), 1 - 0.1 * rng.random()])
     return write(request, skill, rng)
 

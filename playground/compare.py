@@ -1,0 +1,286 @@
+"""Every method and every baseline, several seeds, one table and one figure: `python -m playground.compare`.
+
+Each run is a subprocess of its real script; finished runs are not made again. What comes of it: docs/results.json
+(every run: command, seed, summary, curves), and from that file alone the tables (mean ± standard error, paired tests)
+between the `<!-- results:… -->` marks of README.md and docs/*.md, and the figures in docs/. The figures need
+matplotlib: `pip install -r playground/requirements.txt`.
+"""
+
+import itertools
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Args:
+    seeds: int = 5
+    """every run is made with the seeds 1 to this"""
+    first_seed: int = 1
+    """or from this on (tuning must not see the seeds that are reported)"""
+    quick: bool = False
+    """one seed, only the runs of the README's table, no report"""
+    output_dir: str = "runs/compare"
+    """where the runs go; finished ones in it are used as they are"""
+    at_once: int = 2
+    """runs at a time, one CPU core each"""
+    only: str = ""
+    """runs whose name matches this regular expression and what they need, no report"""
+
+
+# name: command. `{name}` is the folder of that run with the same seed: a run waits for the runs that it names.
+# `{file:name}` is a data file made from that run by the function of FILES.
+RUNS = {
+    # ---- the ADPA paper: baselines, DCKD, ADPA
+    "dpo_student": "-m playground.baselines --loss dpo",
+    "sft": "dckd.py --kl_chosen 0 --kl_rejected 0",
+    "vanilla_kd": "dckd.py --kl_rejected 0",
+    "dckd": "dckd.py",
+    "adpa": "adpa.py",
+    "adpa_plus": "adpa.py --student {dckd}/model",
+    "adpa_no_reference": "adpa.py --teacher_ref none",
+    "adpa_released_clip": "adpa.py --advantage_clip 1e-8 0.99999999",
+    "adpa_greedy": "adpa.py --sample_temperature 0",
+    **{f"adpa_gamma_{gamma}": f"adpa.py --gamma {gamma}" for gamma in (0.1, 0.3, 2, 4)},
+}
+README_RUNS = ["dpo_student", "sft", "vanilla_kd", "dckd", "adpa", "adpa_plus", "pad", "dpkd"]
+FILES = {}
+
+
+def needs(command: str) -> list[str]:
+    return re.findall(r"{(?:\w+:)?(\w+)}", command)
+
+
+def execute(name: str, seed: int, folder: Path):
+    """Makes one run, unless it is finished with the same command. Its terminal output goes to <run>.log."""
+    run = folder / f"{name}__{seed}"
+    command = re.sub(r"{(\w+)}", lambda match: str(folder / f"{match[1]}__{seed}"), RUNS[name])
+    for kind, source in re.findall(r"{(\w+):(\w+)}", command):
+        made = FILES[kind](folder / f"{source}__{seed}")
+        command = command.replace(f"{{{kind}:{source}}}", str(made))
+    command += f" --seed {seed} --output_dir {run} --overwrite"
+    log = run.with_suffix(".log")
+    if (run / "summary.json").exists() and log.exists() and log.read_text().partition("\n")[0] == command:
+        return
+    with log.open("w") as file:
+        file.write(command + "\n")
+        file.flush()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two runs at a time on two cores, not four threads
+        words = [sys.executable, *shlex.split(command)]
+        done = subprocess.run(words, cwd=ROOT, env=environment, stdout=file, stderr=file)
+    if done.returncode:
+        raise SystemExit(f"{name} with seed {seed} failed: see {log}")
+
+
+def execute_all(names: list[str], seeds: range, folder: Path, at_once: int):
+    """Runs of all names and seeds, each after those that it needs, `at_once` at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    finished = {(name, seed): threading.Event() for name in names for seed in seeds}
+    progress, failed = tqdm(total=len(finished), desc="runs", smoothing=0.05), []
+
+    def one(name, seed):
+        for needed in needs(RUNS[name]):
+            finished[needed, seed].wait()
+        try:
+            if not failed:
+                execute(name, seed, folder)
+        except BaseException as error:
+            failed.append(error)
+        finished[name, seed].set()
+        progress.update()
+
+    # `names` is in the order of RUNS, where a run stands after those that it needs, so no worker waits for ever
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(lambda job: one(*job), [(name, seed) for seed in seeds for name in names]))
+    progress.close()
+    if failed:
+        raise failed[0]
+
+
+def collect(names: list[str], seeds: range, folder: Path) -> dict:
+    """What docs/results.json holds of the runs: {name: {command, runs: [{seed, summary, curves}]}}."""
+    result = {}
+    for name in names:
+        result[name] = {"command": f"python {RUNS[name]}", "runs": []}
+        for seed in seeds:
+            run = folder / f"{name}__{seed}"
+            rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            curves = {
+                key: [[row["step"], row.get("charts/tokens"), row[key]] for row in rows if key in row]
+                for key in ("eval/reward", "eval/logp_teacher_answers", "eval/logp_student_answers")
+            }
+            summary = json.loads((run / "summary.json").read_text())
+            result[name]["runs"].append({"seed": seed, **summary, "curves": {k: v for k, v in curves.items() if v}})
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+def values(results: dict, name: str, key: str = "reward_after") -> list[float]:
+    """One value a seed, in the seeds' order. The pseudo-runs "student" and "teacher" are measured by every run."""
+    if name in ("student", "teacher"):
+        name, key = "adpa", {"student": "reward_before", "teacher": "reward_teacher"}[name]
+    return [run[key] for run in results[name]["runs"]]
+
+
+def mean_and_error(numbers: list[float], digits: int = 3) -> str:
+    """Mean ± standard error over seeds."""
+    error = statistics.stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else float("nan")
+    return f"{statistics.mean(numbers):.{digits}f} ± {error:.{digits}f}"
+
+
+def sign_flip_test(differences: list[float]) -> float:
+    """One-sided p of paired differences: the share of all 2^n sign patterns whose mean is at least as large. Exact, and
+    with five seeds never below 1/32."""
+    at_least = [
+        sum(sign * d for sign, d in zip(signs, differences)) >= sum(differences) - 1e-12
+        for signs in itertools.product((1, -1), repeat=len(differences))
+    ]
+    return sum(at_least) / len(at_least)
+
+
+def compare(results: dict, better: str, worse: str, key: str = "reward_after") -> tuple[float, float, str]:
+    """Mean difference, its one-sided p, and whether the claim "better > worse" shows at p ≤ 0.05."""
+    differences = [one - other for one, other in zip(values(results, better, key), values(results, worse, key))]
+    p, opposite = sign_flip_test(differences), sign_flip_test([-d for d in differences])
+    verdict = "yes" if p <= 0.05 else "no: the opposite" if opposite <= 0.05 else "not clearly"
+    return statistics.mean(differences), p, verdict
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def reward_table(results: dict, rows: dict[str, str]) -> str:
+    """Rows {label: run}: reward, win rate against the untrained student, seconds of the whole run."""
+    lines = []
+    for label, name in rows.items():
+        line = [label, mean_and_error(values(results, name))]
+        if name in ("student", "teacher"):
+            line += ["", ""]
+        else:
+            line += [mean_and_error(values(results, name, "win_rate"), 2)]
+            line += [f"{statistics.mean(values(results, name, 'seconds')):.0f}"]
+        lines.append(line)
+    return markdown(["", "oracle reward", "win rate", "seconds"], lines)
+
+
+def claims_table(results: dict, claims: list[tuple]) -> str:
+    """Claims (paper, text, better, worse[, key]): what is measured, and whether it shows."""
+    lines = []
+    for paper, text, better, worse, *key in claims:
+        difference, p, verdict = compare(results, better, worse, *key)
+        numbers = " against ".join(mean_and_error(values(results, name, *key)) for name in (better, worse))
+        lines.append([paper, text, verdict, numbers, f"{difference:+.3f}", f"{p:.3f}"])
+    return markdown(["paper", "claim", "does it show here?", "numbers", "difference", "p"], lines)
+
+
+def replace_block(path: Path, name: str, text: str):
+    """Puts text between the marks `<!-- results:name -->` and `<!-- /results -->` of a page."""
+    page = path.read_text()
+    pattern = re.compile(rf"(<!-- results:{name} -->\n).*?(<!-- /results -->)", re.S)
+    if not pattern.search(page):
+        raise SystemExit(f"{path} has no mark results:{name}")
+    path.write_text(pattern.sub(lambda match: f"{match[1]}{text}\n{match[2]}", page))
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+def figure(path: Path, draw, title: str, xlabel: str, ylabel: str, width=6.4, height=3.6):
+    """One message: an SVG on white, legible on dark and light pages, the same bytes for the same results."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "prefdistill", "svg.fonttype": "none", "axes.spines.right": False}
+    matplotlib.rcParams |= {"axes.spines.top": False, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}
+    from matplotlib import pyplot
+
+    canvas, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+    draw(axes)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    canvas.savefig(path, metadata={"Date": None}, facecolor="white")
+    pyplot.close(canvas)
+
+
+def draw_intervals(results: dict, rows: dict[str, str], key: str = "reward_after"):
+    """A dot and ± one standard error for each labelled run, best at the top; every seed as a faint dot."""
+
+    def draw(axes):
+        ordered = sorted(rows.items(), key=lambda row: statistics.mean(values(results, row[1], key)))
+        for height, (_, name) in enumerate(ordered):
+            numbers = values(results, name, key)
+            error = statistics.stdev(numbers) / len(numbers) ** 0.5
+            axes.plot(numbers, [height] * len(numbers), ".", color="C0", alpha=0.3)
+            axes.errorbar(statistics.mean(numbers), height, xerr=error, fmt="o", color="C0", capsize=3)
+        axes.set_yticks(range(len(ordered)), [label for label, _ in ordered])
+
+    return draw
+
+
+def draw_curves(results: dict, rows: dict[str, str], key: str, x: int = 1, scale: float = 1.0):
+    """Mean over seeds of a logged metric against steps (x = 0) or training tokens (x = 1), with its standard error."""
+
+    def draw(axes):
+        for color, (label, name) in enumerate(rows.items()):
+            curves = [run["curves"][key] for run in results[name]["runs"]]
+            points = [list(zip(*moment)) for moment in zip(*curves)]  # per logged step: steps, tokens, values
+            at = [statistics.mean(point[x]) * scale for point in points]
+            mean = [statistics.mean(point[2]) for point in points]
+            error = [statistics.stdev(point[2]) / len(point[2]) ** 0.5 for point in points]
+            axes.plot(at, mean, color=f"C{color}", label=label)
+            low, high = ([m + sign * e for m, e in zip(mean, error)] for sign in (-1, 1))
+            axes.fill_between(at, low, high, color=f"C{color}", alpha=0.2)
+        axes.legend()
+
+    return draw
+
+
+def draw_sweep(results: dict, points: dict[float, str], key: str = "reward_after", log: bool = True):
+    """A value over a swept setting: {setting: run}."""
+
+    def draw(axes):
+        means = [statistics.mean(values(results, name, key)) for name in points.values()]
+        errors = [statistics.stdev(v) / len(v) ** 0.5 for v in (values(results, name, key) for name in points.values())]
+        axes.errorbar(list(points), means, yerr=errors, fmt="o-", capsize=3)
+        if log:
+            axes.set_xscale("log")
+            axes.set_xticks(list(points), [f"{point:g}" for point in points])
+
+    return draw
+
+
+def with_needs(names: list[str]) -> list[str]:
+    """The names and all that they need, in the order of RUNS."""
+    wanted = set(names)
+    while more := {needed for name in wanted for needed in needs(RUNS[name])} - wanted:
+        wanted |= more
+    return [name for name in RUNS if name in wanted]
+
+
+def main(args: Args):
+    folder = ROOT / args.output_dir
+    seeds = range(args.first_seed, args.first_seed + (1 if args.quick else args.seeds))
+    names = README_RUNS if args.quick else [name for name in RUNS if re.search(args.only, name)]
+    names = with_needs(names)
+    execute_all(names, seeds, folder, args.at_once)
+    results = collect(names, seeds, folder)
+    for name in names:
+        key = "reward_after" if "reward_after" in results[name]["runs"][0] else "accuracy_after"
+        print(f"{name:<24}{mean_and_error(values(results, name, key))}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
