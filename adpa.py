@@ -128,7 +128,7 @@ class Args:
     """of AdamW (playground; the paper and its code: 5e-7)"""
     teacher_ref: str = "playground/teacher_ref"
     """model that the teacher was aligned from; "none" leaves it out: A = log π_dpo (paper, table 2)"""
-    gamma: float = 1.0
+    gamma: float = 0.7
     """weight of the advantage term (playground; paper: best near 1.5 at learning rate 5e-7, worse from 3; code: 1.6)"""
     states: Literal["student", "chosen", "rejected", "teacher"] = "student"
     """on whose answers the advantage is taken (paper: the student's; the others are in appendix E)"""
