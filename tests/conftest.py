@@ -1,8 +1,14 @@
-"""Small real models and tokenizers, made on the spot, that the tests share."""
+"""Small real models and tokenizers, made on the spot, and runs of the scripts, that the tests share."""
 
+import contextlib
+import json
 import os
+import runpy
 import sys
 from pathlib import Path
+
+# before the imports that read them: no waiting for a hub, and one thread, which tiny models are fastest with
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
 import pytest
 import torch
@@ -11,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+torch.set_num_threads(1)
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -91,3 +97,75 @@ def plain_log_probs(model, prompt: list[int], response: list[int], vocab_size: i
     with torch.no_grad():
         values = model(torch.tensor([prompt + response])).logits[0, :, :vocab_size]
     return values[len(prompt) - 1 : -1].double().log_softmax(-1)
+
+
+# ------------------------------------------------------------------------------------------------- runs of the scripts
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "common")
+
+
+def run_script(name: str, **flags) -> int:
+    """`python <name>.py --flag value ...` in this process, which saves the imports; returns its exit code. A flag that
+    is True stands alone, one that is False or None is left out, a tuple has several values."""
+    words = [str(ROOT / f"{name}.py")]
+    for flag, value in flags.items():
+        if value is not None and value is not False:
+            values = value if isinstance(value, tuple) else () if value is True else (value,)
+            words += [f"--{flag}", *map(str, values)]
+    before, sys.argv = sys.argv, words
+    try:
+        with contextlib.chdir(ROOT):
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as stopped:
+        return stopped.code or 0
+    finally:
+        sys.argv = before
+    return 0
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def vowels(prompts, answers) -> list[float]:
+    """A judge of any text: the share of vowels in it."""
+    return [sum(letter in "aeiou" for letter in answer) / (len(answer) + 1) for answer in answers]
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> Path:
+    """Eight preference pairs of different lengths for the random models, one of them with several turns."""
+    turns = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi."), ("user", "What is a token?")]
+    rows = [
+        {"prompt": "What is it?", "chosen": "A thing.", "rejected": "It is what it is, and no more than that."},
+        {"prompt": "Name a word that is long.", "chosen": "A long word is rejected.", "rejected": "No."},
+        {"prompt": "Go on", "chosen": "on and on", "rejected": "off"},
+        {"prompt": [{"role": r, "content": c} for r, c in turns], "chosen": "a piece of text", "rejected": "a coin"},
+        {"prompt": "def f(x):", "chosen": "return x", "rejected": "raise ValueError(x)"},
+        {"prompt": "One?", "chosen": "1", "rejected": "2, 3 and 4"},
+        {"prompt": "Say nothing of the kind.", "chosen": "the kind", "rejected": "nothing of it, nothing of it"},
+        {"prompt": "x", "chosen": "some tokens of a response", "rejected": "other tokens of a response"},
+    ]
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def run_tiny(checkpoints, pairs, tmp_path):
+    """run_tiny("adpa", gamma=2) trains the random student for one step on all eight pairs; returns the run folder."""
+
+    def run(name: str, **flags) -> Path:
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        models = {role: checkpoints[role] for role in ("student", "teacher")}
+        how = {"data": pairs, "eval_data": pairs, "eval_prompts": 2, "reward": "conftest:vowels", "max_steps": 1}
+        how |= {"batch_size": 8, "max_response_tokens": 40, "max_grad_norm": 1e9, "log_every": 1, "save_every": 1}
+        assert run_script(name, **{**models, **how, "output_dir": folder, **flags}) == 0
+        return folder
+
+    return run
+
+
+def first_gradient(run: Path) -> list[torch.Tensor]:
+    """The gradient of a run's only step, a tensor for each parameter: AdamW's first moment is (1 − 0.9) times it."""
+    state = torch.load(run / "checkpoint.pt", weights_only=True)["optimizer"]["state"]
+    return [state[i]["exp_avg"] / 0.1 for i in range(len(state))]
