@@ -276,8 +276,8 @@ def test_the_committed_teacher_judges_scores_and_rewrites_as_measured():
 # ------------------------------------------------------------------------------------------------------------ build.py
 def test_the_same_seed_builds_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "TEACHER", build.STUDENT)  # a few steps of a small model: no teacher, but all the code
-    monkeypatch.setattr(build, "TEST_REQUESTS", build.TEST_REQUESTS[::8])
-    tiny = {"teacher_steps": 150, "dpo_steps": 3, "student_steps": 3, "train_pairs": 40, "test_pairs": 16}
+    monkeypatch.setattr(build, "TEST_REQUESTS", build.TEST_REQUESTS[::4])
+    tiny = {"teacher_steps": 40, "dpo_steps": 3, "student_steps": 3, "train_pairs": 40, "test_pairs": 16}
     built: list[dict[str, bytes]] = []
     for name in ("one", "two"):
         build.main(build.Args(output_dir=str(tmp_path / name), **tiny))
