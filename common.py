@@ -190,9 +190,9 @@ def read_rows(source: str, split: str, answers=("chosen", "rejected")) -> list[d
                 raw += [json.loads(line)] if line.strip() else []
             raw = raw or json.loads(data or b"[]")
         else:
-            from datasets import Dataset, load_dataset  # a second of import time
-
-            raw = Dataset.from_parquet(source) if source.endswith(".parquet") else load_dataset(source, split=split)
+            from datasets import load_dataset  # a second of import time
+            from pyarrow.parquet import read_table
+            raw = read_table(source).to_pylist() if source.endswith(".parquet") else load_dataset(source, split=split)
     except Exception as error:  # no such file, hub id or split; no network; broken JSON; not UTF-8
         stop(f"cannot read {source} (split {split}, line {number}): {error}")
     for number, row in enumerate(raw, 1):
