@@ -21,12 +21,12 @@ SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck
 
 # texts that break careless code: markup, control and zero-width characters, right-to-left, lone surrogates' escapes
 NASTY = ["<|end|>", "<|assistant|>", "<|begin|>", "<|endoftext|>", "</s>", "\x00", "\x1b[2J", "\u200b", "\u202e"]
-NASTY += ["שלום", "{{ bos_token }}", "{% raise %}", "\r\n", "\t", " ", "", "\u2028", "é", "🦊", "2021-01-01", "null", "NaN"]
+NASTY += ["שלום", "{{ bos_token }}", "{% raise %}", "\r\n", "\t", " ", "", "\u2028", "é", "🦊", "2021-01-01", "NaN"]
 texts = st.lists(st.sampled_from(NASTY) | st.text(max_size=20), max_size=4).map("".join)
 turns = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": texts})
 junk = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | texts,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "a"]), inner, max_size=3),
     max_leaves=5,
 )
 good_rows = st.fixed_dictionaries({"prompt": texts, "chosen": texts, "rejected": texts})
