@@ -1,14 +1,12 @@
 """The three verbs of a language model that all five methods share: load it, sample from it, score responses with it.
 
 What belongs to a method stands in its script. Letters in shapes:
-
     B  examples of a micro-batch    n  responses of an example    R = B·n  responses of a micro-batch
     N  response tokens of a micro-batch, end-of-turn included    T  tokens of a row    V  vocabulary    H  hidden size
 
 Layout (`pack`): an example is ONE row, the prompt followed by all its responses. A response attends to the prompt and
-to itself, never to its siblings, and its positions go on from the prompt's, so it sees what it would see alone. Hidden
-states are gathered only where they predict a response token, and only those meet the LM head. From there on nothing is
-padded and nothing is masked: losses are functions of flat [N, V] and [N] tensors.
+to itself, never to its siblings, and its positions go on from the prompt's, so it sees what it would see alone. Only
+hidden states that predict a response token meet the LM head; losses are functions of flat [N, V] and [N] tensors.
 """
 
 import hashlib
@@ -16,7 +14,7 @@ import json
 import math
 import sys
 from collections import Counter, namedtuple
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from pydoc import locate
@@ -37,6 +35,15 @@ def stop(message: str):
     raise SystemExit(2)
 
 
+@contextmanager
+def clearly(task: str):
+    """What goes wrong inside ends the program with one line: libraries raise many kinds of errors for one problem."""
+    try:
+        yield
+    except Exception as error:
+        stop(f"cannot {task}: {error}")
+
+
 class LM:
     """A hub id or local folder (safetensors only) as a model to sample from and to score with. One that trains has
     float32 weights (bf16 autocast on a GPU), a frozen one is bf16 on a GPU and float32 on a CPU; dropout is off."""
@@ -44,15 +51,13 @@ class LM:
     def __init__(self, path, device, trains=False, checkpointing=False, remote_code=False, reward=False):
         self.path, self.device, self.trains, code = str(path), device, trains, {"trust_remote_code": remote_code}
         dtype = torch.bfloat16 if device.type == "cuda" and not trains else torch.float32
-        try:
+        with clearly(f"load a model with tokenizer from {path}"):
             self.tokenizer = tokenizer = transformers.AutoTokenizer.from_pretrained(path, **code)
             config = transformers.AutoConfig.from_pretrained(path, **code)
             self.config = config.get_text_config()
             vars(self.config).update({name: 0.0 for name in vars(self.config) if "dropout" in name or "pdrop" in name})
             auto = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
             self.model = auto.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True, **code)
-        except Exception as error:  # no such folder or hub id, no network, a broken file: many kinds of one problem
-            stop(f"cannot load a model with tokenizer from {path}: {error}")
         self.model.to(device).requires_grad_(trains).train(checkpointing)  # which works in train mode only
         if checkpointing:
             getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)()
@@ -95,10 +100,8 @@ class LM:
     def template(self, messages: list[dict], ask: bool = False) -> list[int]:
         """Chat template as ids; special-token strings inside messages stay text. `ask` adds the generation prompt."""
         how = {"add_generation_prompt": ask, "return_dict": False, "sanitize_control_tokens": True}
-        try:
+        with clearly(f"use the chat template of {self.path} with roles {[turn['role'] for turn in messages]}"):
             ids = self.tokenizer.apply_chat_template(messages, **how)
-        except Exception as error:  # jinja's own kinds, raised by the template
-            stop(f"{self.path}: its chat template refuses roles {[turn['role'] for turn in messages]}: {error}")
         return ids if ids[: len(self.bos)] == self.bos else self.bos + ids
 
     def encode(self, prompt: list[dict], answers=()) -> tuple[list[int], list[list[int]]]:
@@ -121,9 +124,9 @@ class LM:
         mask, dtype = batch.attention_mask, self.model.dtype
         if mask is not None and self.model.config._attn_implementation == "eager":  # which adds its mask to the scores
             mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-        inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.position_ids}
+        inputs = {"attention_mask": mask, "position_ids": batch.position_ids, "use_cache": False}
         with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()), self.autocast():
-            return self.model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+            return self.model.base_model(batch.input_ids, **inputs).last_hidden_state.flatten(0, 1)
 
     def logits(self, hidden: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """[N, V] in float32 from [N, H], without the head's padding; scaled and capped as the config declares."""
@@ -136,8 +139,8 @@ class LM:
     @torch.no_grad()
     def sample(self, prompts, *, n=1, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens, batch_size, seed) -> list:
         """n answers {"text", "finished"} to each prompt [ids], in the prompts' order; temperature 0 is greedy decoding.
-        Of the checkpoint's generation config only the end tokens are used. Prompts are sorted by length, `batch_size`
-        answers at a time; the n answers of a prompt share its prefill. The same seed gives the same answers."""
+        Of the checkpoint's generation config only the end tokens count. `batch_size` answers at a time, by length of
+        prompt; the n answers of a prompt share its prefill. The same seed gives the same answers."""
         model, pad, answers = self.model, self.end_ids[0], [[] for _ in prompts]
         how = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else {}
         how |= {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
@@ -167,8 +170,8 @@ class LM:
 
 
 def shared_vocab(one: LM, other: LM) -> int:
-    """The number of tokens that two models share. If one id means two things to them, the program ends; heads padded to
-    different sizes do no harm, nor do added tokens that only one tokenizer has."""
+    """The number of tokens that two models share. Heads padded to different sizes do no harm, nor do added tokens that
+    only one tokenizer has; if one id means two things, the program ends."""
     size = min(one.vocab_size, other.vocab_size)
     ours, theirs = ({t: i for t, i in lm.tokenizer.get_vocab().items() if i < size} for lm in (one, other))
     return size if ours == theirs else stop(f"{one.path} and {other.path} have different tokenizers; choose a pair")
@@ -182,29 +185,27 @@ def read_rows(source: str, split: str, answers=("chosen", "rejected")) -> list[d
     """Preference data from a .jsonl, .json or .parquet file, a folder or a hub id. A row has a `prompt` (text or chat
     messages) and `answers` (text or conversations), or only conversations that share all but their last turn; returned
     rows have an `id` (number and content hash), `prompt` as messages, answers as text, and all other columns."""
-    number, raw, rows = 1, [], []
-    try:
+    raw, rows = [], []
+    with clearly(f"read {source} (split {split})"):
         if source.endswith((".json", ".jsonl")):  # not by datasets, which makes a date of the text "2021-01-01"
             data = Path(source).read_bytes()
-            for number, line in enumerate([] if data.lstrip()[:1] == b"[" else data.splitlines(), 1):  # noqa: B007
-                raw += [json.loads(line)] if line.strip() else []
+            for number, line in enumerate([] if data.lstrip()[:1] == b"[" else data.splitlines(), 1):
+                with clearly(f"read {source}, line {number}"):
+                    raw += [json.loads(line)] if line.strip() else []
             raw = raw or json.loads(data or b"[]")
         else:
             from datasets import load_dataset  # a second of import time
             from pyarrow.parquet import read_table
+
             raw = read_table(source).to_pylist() if source.endswith(".parquet") else load_dataset(source, split=split)
-    except Exception as error:  # no such file, hub id or split; no network; broken JSON; not UTF-8
-        stop(f"cannot read {source} (split {split}, line {number}): {error}")
     for number, row in enumerate(raw, 1):
-        try:
+        with clearly(f"use {source}, row {number}, without {('prompt', *answers)} as text or chat: {str(row)[:150]}"):
             prompt = row.get("prompt")
             if prompt is None and isinstance(row["chosen"], list):
                 prompt = row["chosen"][:-1] if row["chosen"][:-1] == row.get("rejected", row["chosen"])[:-1] else None
             prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             texts = [value if isinstance(value, str) else value[-1]["content"] for value in map(row.get, answers)]
-            "".join([*texts, *(turn["role"] + turn["content"] for turn in prompt)])
-        except (AttributeError, KeyError, IndexError, TypeError):
-            stop(f"{source}, row {number}: needs {('prompt', *answers)} as text or chat messages; has {str(row)[:150]}")
+            "".join([*texts, *(turn["role"] + turn["content"] for turn in prompt)])  # all are text
         digest = hashlib.sha256(json.dumps([prompt, texts]).encode()).hexdigest()[:8]
         rows.append({**row, "id": f"{number}-{digest}", "prompt": prompt, **dict(zip(answers, texts))})
     return rows
@@ -270,10 +271,8 @@ def per_token(function, target_ids: torch.Tensor, scored: list[tuple[LM, torch.T
     each model with its hidden states [N, H] at the tokens' `source`. Beyond `chunk` tokens slices are recomputed in the
     backward pass, so that [chunk, V] logits per model are alive at a time; below it nothing is computed twice."""
     models, hidden = zip(*scored)
-
     def on_slice(target_ids, *hidden):
         return function(target_ids, *(lm.logits(h, vocab_size).log_softmax(-1) for lm, h in zip(models, hidden)))
-
     if len(target_ids) <= chunk:
         return on_slice(target_ids, *hidden)
     slices = zip(*(column.split(chunk) for column in (target_ids, *hidden)))
@@ -309,20 +308,19 @@ def load_reward(spec: str, device: torch.device, trust_remote_code=False, batch_
         if len(scores) != len(answers) or not all(math.isfinite(score) for score in scores):
             stop(f"--reward {spec} must return {len(answers)} finite numbers; it returned {str(scores)[:100]}")
         return [float(score) for score in scores]
-
     return judge
 
 
 def stage(path: Path, rows: list[dict], produce, size: int) -> list[dict]:
     """Completes a JSONL of {"id", "prompt", **produce(some rows, number)[i]} for all rows, `size` rows at a time, and
-    returns it in the rows' order. What a killed run left is kept, a half-written line is not. Rows are matched by id
-    and prompt, never by place, so a file made by another program serves as well; a file of other rows is refused."""
+    returns it in the rows' order. What a killed run left is kept, but for a half-written line. Rows are matched by id
+    and prompt, so a file made by another program serves as well; one of other rows is refused."""
     written = path.read_bytes() if path.exists() else b""
     written = written[: written.rfind(b"\n") + 1]  # behind the last line break: a line that a kill cut
-    done = {row["id"]: row for row in map(json.loads, written.splitlines())}
     prompts = {row["id"]: row["prompt"] for row in rows}
-    if any(prompts.get(id) != row["prompt"] for id, row in done.items()):
-        stop(f"{path} was made from other data; remove it to make it anew")
+    with clearly(f"go on with {path}; remove it to make it anew"):
+        done = {row["id"]: row for row in map(json.loads, written.splitlines())}
+        assert all(prompts[id] == row["prompt"] for id, row in done.items()), "it was made from other data"
     with path.open("a") as file:
         file.truncate(len(written))
         for start in tqdm(range(0, len(rows), size), desc=path.stem, disable=len(done) == len(rows)):
@@ -338,13 +336,15 @@ def stage(path: Path, rows: list[dict], produce, size: int) -> list[dict]:
 
 def save_checkpoint(path: Path, step: int, **parts):
     """Writes the state_dicts of `parts` (model, optimizer, scheduler) and the step: wholly or not at all."""
-    torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, f"{path}.partial")
+    with clearly(f"write {path}.partial"):  # on a full disk torch raises errors of its own
+        torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, f"{path}.partial")
     Path(f"{path}.partial").replace(path)
 
 
 def load_checkpoint(path: Path, **parts) -> int:
     """Restores what `save_checkpoint` wrote and returns its step; 0 when there is nothing yet."""
-    state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {"step": 0}
-    for name in parts.keys() & state.keys():
-        parts[name].load_state_dict(state[name])
+    with clearly(f"go on from {path}; remove it to train from the start"):
+        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {"step": 0}
+        for name in parts.keys() & state.keys():
+            parts[name].load_state_dict(state[name])
     return state["step"]

@@ -37,6 +37,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from common import (
     LM,
+    clearly,
     load_checkpoint,
     load_reward,
     make_examples,
@@ -160,7 +161,8 @@ def main(args: Args):
     if args.resume:  # a run goes on with the flags it began with
         if args != Args(resume=args.resume) or not (run / "args.json").exists():
             stop(f"--resume {run} takes the folder of a run, which holds all flags, and no other flag")
-        args = Args(**json.loads((run / "args.json").read_text()))
+        with clearly(f"resume {run}"):
+            args = Args(**json.loads((run / "args.json").read_text()))
     elif run.exists() and any(run.iterdir()):
         if not (args.overwrite and (run / "args.json").exists()):
             stop(f"{run} is not empty; --resume the run in it, --overwrite it, or choose another --output_dir")
@@ -271,8 +273,9 @@ def main(args: Args):
 
     # ------------------------------------------------------------------------------------------------------ results
     after = stage(run / "eval_after.jsonl", held_out, partial(evaluate, student), args.sample_batch_size)
-    student.model.save_pretrained(run / "model")
-    student.tokenizer.save_pretrained(run / "model")
+    with clearly(f"write {run / 'model'}"):
+        student.model.save_pretrained(run / "model")
+        student.tokenizer.save_pretrained(run / "model")
     wins = [(new["reward"] > old["reward"]) + (new["reward"] == old["reward"]) / 2 for new, old in zip(after, before)]
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(0).ru_maxrss
     summary = {
