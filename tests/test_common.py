@@ -32,7 +32,7 @@ def slow_logps(lm, examples) -> list[list[float]]:
 
 # ------------------------------------------------------------------------------------------------------------- layout
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_packed_log_probs_equal_plain_forward_passes(load, share_prefix):
+def test_r05_r06_packed_log_probs_equal_plain_forward_passes(load, share_prefix):
     lm = load("student")
     assert lm.share_prefix
     lm.share_prefix = share_prefix
@@ -46,7 +46,7 @@ def test_packed_log_probs_equal_plain_forward_passes(load, share_prefix):
     assert means.tolist() == pytest.approx([sum(response) / len(response) for response in slow], abs=1e-4)
 
 
-def test_every_response_token_is_scored_once_and_no_prompt_token(load):
+def test_r04_every_response_token_is_scored_once_and_no_prompt_token(load):
     lm = load("student")
     examples = random_examples(lm.vocab_size, SHAPES)
     batch = pack(examples, lm)
@@ -60,7 +60,7 @@ def test_every_response_token_is_scored_once_and_no_prompt_token(load):
     ]
 
 
-def test_a_response_does_not_depend_on_its_neighbours(load):
+def test_r32_a_response_does_not_depend_on_its_neighbours(load):
     lm = load("student")
     examples = random_examples(lm.vocab_size, SHAPES)
     _, together = scored_logps(lm, examples)
@@ -83,7 +83,7 @@ def test_eager_attention_gets_an_additive_mask(checkpoints, load):
     assert torch.allclose(scored_logps(lm, examples)[1], sdpa, atol=1e-4)
 
 
-def test_empty_responses_cannot_be_packed(load):
+def test_r11_empty_responses_cannot_be_packed(load):
     lm = load("student")
     with pytest.raises(AssertionError, match="without tokens"):
         pack([Example({"id": "1"}, [1, 2], [[3], []])], lm)
@@ -107,59 +107,15 @@ def test_chunks_change_neither_values_nor_gradients(load, chunk):
         assert torch.allclose(dense, sliced, rtol=1e-4, atol=1e-5)
 
 
-def peak_bytes(function) -> int:
-    """The most bytes that tensors made inside function() held at one time."""
-    import weakref
-
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    class Meter(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.live, self.peak, self.seen = 0, 0, set()
-
-        def drop(self, key, size):
-            self.live -= size
-            self.seen.discard(key)
-
-        def __torch_dispatch__(self, call, types, args=(), kwargs=None):
-            out = call(*args, **(kwargs or {}))
-            for tensor in tree_leaves(out):
-                if isinstance(tensor, torch.Tensor):
-                    storage = tensor.untyped_storage()
-                    key, size = storage._cdata, storage.nbytes()
-                    if key not in self.seen:
-                        self.seen.add(key)
-                        self.live += size
-                        weakref.finalize(storage, self.drop, key, size)
-            self.peak = max(self.peak, self.live)
-            return out
-
-    with Meter() as meter:
-        function()
-    return meter.peak
-
-
-def test_memory_of_the_loss_does_not_grow_beyond_a_chunk(tmp_path):
-    vocab_size, width, chunk = 4096, 16, 64
-    tokenizer = make_tokenizer()
-    lm = LM(save(tmp_path, tokenizer, make_model(vocab_size, width=width)), CPU, trains=True)
-
-    def loss(tokens, chunk):
-        hidden = torch.randn(tokens, width, requires_grad=True)
-        ids = torch.zeros(tokens, dtype=torch.long)
-        per_token(target_logps, ids, [(lm, hidden)], vocab_size, chunk).sum().backward()
-
-    small, large = (peak_bytes(lambda tokens=tokens: loss(tokens, chunk)) for tokens in (2 * chunk, 16 * chunk))
-    dense = peak_bytes(lambda: loss(16 * chunk, 10**9))
-    hidden_bytes = 16 * chunk * width * 4
-    assert large < small + 4 * hidden_bytes  # only hidden states and their gradients grow with N
-    assert dense > 8 * large
+def test_r26_response_means_are_means_and_times_lengths_sums():
+    values, response_of = torch.tensor([1.0, 2.0, 3.0, 10.0, 4.0]), torch.tensor([0, 0, 0, 1, 3])
+    lengths = torch.tensor([3, 1, 2, 1])  # of response 2 no token is given: it gets 0
+    means = response_means(values, response_of, lengths)
+    assert means.tolist() == [2.0, 10.0, 0.0, 4.0] and (means * lengths).tolist() == [6.0, 10.0, 0.0, 4.0]
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
-def test_trained_weights_are_float32_and_dropout_is_off(tmp_path, tokenizer):
+def test_r28_r31_trained_weights_are_float32_and_dropout_is_off(tmp_path, tokenizer):
     model = make_model(len(tokenizer), attention_dropout=0.5).to(torch.bfloat16)
     lm = LM(save(tmp_path, tokenizer, model), CPU, trains=True, checkpointing=True)
     assert {parameter.dtype for parameter in lm.model.parameters()} == {torch.float32}
@@ -208,14 +164,14 @@ def test_an_architecture_that_ignores_the_mask_gets_a_row_per_response(checkpoin
 
 
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "no/such-model-on-the-hub"])
-def test_missing_models_are_one_line(path, capsys):
+def test_r46_missing_models_are_one_line(path, capsys):
     with pytest.raises(SystemExit) as stopped:
         LM(path, CPU)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and path in error and error.count("\n") == 1
 
 
-def test_only_safetensors_are_read(tmp_path, tokenizer, capsys):
+def test_r49_only_safetensors_are_read(tmp_path, tokenizer, capsys):
     model = make_model(len(tokenizer))
     tokenizer.save_pretrained(tmp_path)
     model.config.save_pretrained(tmp_path)
@@ -225,8 +181,20 @@ def test_only_safetensors_are_read(tmp_path, tokenizer, capsys):
     assert "safetensors" in capsys.readouterr().err
 
 
+def test_r49_code_that_comes_with_a_model_is_not_run_unasked(tmp_path, tokenizer, capsys):
+    path, ran = tmp_path / "model", tmp_path / "ran"
+    save(path, tokenizer, make_model(len(tokenizer)))
+    config = json.loads((path / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "own.py").write_text(f"open({str(ran)!r}, 'w').write('owned')\n")
+    with pytest.raises(SystemExit):
+        LM(path, CPU)
+    assert "cannot load" in capsys.readouterr().err and not ran.exists()
+
+
 # ---------------------------------------------------------------------------------------------------------- vocabulary
-def test_heads_of_different_sizes_share_the_tokenizers_vocabulary(tmp_path, tokenizer):
+def test_r01_heads_of_different_sizes_share_the_tokenizers_vocabulary(tmp_path, tokenizer):
     sizes = {"student": len(tokenizer) + 5, "teacher": len(tokenizer) + 17}
     lms = [LM(save(tmp_path / name, tokenizer, make_model(size)), CPU) for name, size in sizes.items()]
     assert common.shared_vocab(*lms) == len(tokenizer)
@@ -236,7 +204,7 @@ def test_heads_of_different_sizes_share_the_tokenizers_vocabulary(tmp_path, toke
     assert torch.allclose(mass, torch.full_like(mass, 2.0), atol=1e-5)  # nothing is left on the padding
 
 
-def test_different_tokenizers_are_refused_with_both_names(tmp_path, tokenizer, capsys):
+def test_r02_different_tokenizers_are_refused_with_both_names(tmp_path, tokenizer, capsys):
     other = make_tokenizer(text="entirely other words make other merges " * 50)
     lms = [LM(save(tmp_path / n, t, make_model(len(t))), CPU) for n, t in (("one", tokenizer), ("two", other))]
     with pytest.raises(SystemExit):
@@ -255,7 +223,7 @@ def lm_with(tokenizer, tmp_path, **config) -> LM:
 
 @pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize("adds_bos", [True, False])
-def test_bos_once_and_end_once(tmp_path, chat, adds_bos):
+def test_r12_r13_bos_once_and_end_once(tmp_path, chat, adds_bos):
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = make_tokenizer(chat=chat)
@@ -270,13 +238,49 @@ def test_bos_once_and_end_once(tmp_path, chat, adds_bos):
     assert lm.tokenizer.decode(cut) == "A thing."
 
 
-def test_the_end_of_turn_is_found_in_the_template(tmp_path):
+def test_r09_the_end_of_turn_is_found_in_the_template(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.eos_token = "<|pad|>"  # a base model's end of text; turns end otherwise
     lm = lm_with(tokenizer, tmp_path, eos_token_id=3)
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     assert end in lm.end_ids and tokenizer.pad_token_id in lm.end_ids
     assert lm.encode(QUESTION, ["A thing."])[1][0][-1] == end
+
+
+def pad_and_end_apart_and_one(tmp_path) -> list[LM]:
+    """One model twice, with a padding token of its own and with padding that is the end of turn (id 5)."""
+    model, lms = make_model(400), []
+    for pad, token in ((0, "<|pad|>"), (5, "<|end|>")):
+        model.config.pad_token_id = pad
+        lms.append(LM(save(tmp_path / token, make_tokenizer(pad=token), model), CPU, trains=True))
+    return lms
+
+
+def test_r07_padding_and_end_of_turn_may_be_one_token(tmp_path):
+    """Nothing is masked by comparing ids with padding: the end of an answer is scored, and answers are the same."""
+    plain, same = pad_and_end_apart_and_one(tmp_path)
+    assert same.tokenizer.pad_token_id == same.tokenizer.eos_token_id == 5 != plain.tokenizer.pad_token_id
+    answers = ["A thing.", "Something that is much longer.", {"text": "cut", "finished": False}]
+    encoded = [lm.encode(QUESTION, answers) for lm in (plain, same)]
+    assert encoded[0] == encoded[1]
+    prompt, responses = encoded[0]
+    assert [response[-1] == 5 for response in responses] == [True, True, False]
+    examples = [Example({}, prompt, responses), Example({}, prompt[:3], responses[:1])]
+    batch, logps = scored_logps(same, examples)
+    assert (batch.target_ids == 5).sum() == 3 and torch.equal(logps, scored_logps(plain, examples)[1])
+    prompts = [prompt, prompt[:2], prompt + responses[0]]
+    how = {"max_new_tokens": 12, "batch_size": 4, "seed": 0}
+    assert plain.sample(prompts, **how) == same.sample(prompts, **how)
+
+
+@pytest.mark.xfail(reason="torch gives the embedding at padding_idx no gradient")
+def test_r07_an_end_of_turn_that_also_pads_learns_like_any_token(tmp_path):
+    gradients = []
+    for lm in pad_and_end_apart_and_one(tmp_path):
+        prompt, [response] = lm.encode(QUESTION, ["A thing."])
+        scored_logps(lm, [Example({}, prompt + response + prompt, [response])])[1].sum().backward()
+        gradients.append(lm.model.get_input_embeddings().weight.grad[5])
+    assert gradients[0].any() and torch.equal(*gradients)
 
 
 def test_special_token_strings_in_data_stay_text(tmp_path):
@@ -290,7 +294,7 @@ def test_special_token_strings_in_data_stay_text(tmp_path):
         assert sum(token in special for token in prompt) == (4 if chat else 0)  # begin, user, end, assistant
 
 
-def test_prompts_of_several_turns(tmp_path, tokenizer):
+def test_r16_prompts_of_several_turns(tmp_path, tokenizer):
     lm = lm_with(tokenizer, tmp_path)
     turns = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi."), ("user", "Bye")]
     prompt, [response] = lm.encode([{"role": role, "content": text} for role, text in turns], ["See you."])
@@ -299,7 +303,7 @@ def test_prompts_of_several_turns(tmp_path, tokenizer):
     assert lm.tokenizer.decode(response) == "See you.<|end|>"
 
 
-def test_templates_that_refuse_or_rewrite_a_prompt_end_the_program(tmp_path, capsys):
+def test_r14_r16_templates_that_refuse_or_rewrite_a_prompt_end_the_program(tmp_path, capsys):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT
@@ -368,7 +372,7 @@ def test_text_that_looks_like_a_date_stays_text(tmp_path):
     [("Yes, it is.", "Yes"), ("Yes", "Yes, it is."), ("No", "Yes"), ("Y", "N")],
     ids=["rejected is a prefix", "chosen is a prefix", "differ at once", "one character"],
 )
-def test_implicit_prompts_end_where_the_last_turn_begins(tmp_path, good, bad):
+def test_r15_implicit_prompts_end_where_the_last_turn_begins(tmp_path, good, bad):
     shared = [turn("user", "Is it?"), turn("assistant", "Maybe."), turn("user", "Well?")]
     row = {"chosen": [*shared, turn("assistant", good)], "rejected": [*shared, turn("assistant", bad)]}
     [read] = read_rows(write_lines(tmp_path / "rows.jsonl", row), "train")
@@ -392,7 +396,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_bad_files_are_one_line_with_the_place(tmp_path, capsys, case):
+def test_r46_bad_files_are_one_line_with_the_place(tmp_path, capsys, case):
     content, place = BAD_FILES[case]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
@@ -403,14 +407,14 @@ def test_bad_files_are_one_line_with_the_place(tmp_path, capsys, case):
 
 
 @pytest.mark.parametrize("source", ["/no/such/file.jsonl", "/no/such/file.parquet", "no-such/hub-id", "/no/folder"])
-def test_missing_data_is_one_line(source, capsys):
+def test_r46_missing_data_is_one_line(source, capsys):
     with pytest.raises(SystemExit):
         read_rows(source, "train")
     error = capsys.readouterr().err
     assert source in error and error.count("\n") == 1
 
 
-def test_rows_that_do_not_fit_are_dropped_and_counted(load, tmp_path, capsys):
+def test_r17_r18_r19_r46_rows_that_do_not_fit_are_dropped_and_counted(load, tmp_path, capsys):
     lm = load("student")
     rows = [
         PLAIN,
@@ -432,7 +436,7 @@ def test_rows_that_do_not_fit_are_dropped_and_counted(load, tmp_path, capsys):
     assert "no row left: 0 of 5 rows" in capsys.readouterr().err
 
 
-def test_a_sample_that_never_ended_is_cut_at_the_limit_again_and_a_finished_one_is_not(load, capsys):
+def test_r08_a_sample_that_never_ended_is_cut_at_the_limit_again_and_a_finished_one_is_not(load, capsys):
     """Its text may take more tokens than were sampled: text to tokens is not the inverse of tokens to text."""
     lm, prompt = load("student"), [turn("user", "hi")]
     long = {"text": "what a long answer this is", "finished": False}
@@ -448,7 +452,7 @@ def test_a_sample_that_never_ended_is_cut_at_the_limit_again_and_a_finished_one_
 ROWS = [{"id": str(i), "prompt": [turn("user", f"p{i}")]} for i in range(7)]
 
 
-def test_a_stage_is_completed_not_trusted_and_not_duplicated(tmp_path):
+def test_r34_a_stage_is_completed_not_trusted_and_not_duplicated(tmp_path):
     path, calls = tmp_path / "stage.jsonl", []
 
     def produce(rows, number):
@@ -468,7 +472,7 @@ def test_a_stage_is_completed_not_trusted_and_not_duplicated(tmp_path):
     assert stage(path, ROWS, produce, 3) == whole and calls == []
 
 
-def test_a_stage_of_other_data_is_refused(tmp_path, capsys):
+def test_r35_a_stage_of_other_data_is_refused(tmp_path, capsys):
     path = tmp_path / "stage.jsonl"
     stage(path, ROWS, lambda rows, _: [{"text": "x"} for _ in rows], 3)
     changed = [ROWS[0] | {"prompt": [turn("user", "another")]}, *ROWS[1:]]
@@ -497,7 +501,7 @@ PROMPTS = [example.prompt for example in random_examples(400, [(n, []) for n in 
 
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_greedy_answers_equal_a_plain_loop_whatever_the_batch(load, n, batch_size):
+def test_r41_r42_greedy_answers_equal_a_plain_loop_whatever_the_batch(load, n, batch_size):
     lm = load("student")
     answers = lm.sample(PROMPTS, n=n, temperature=0.0, **(HOW | {"batch_size": batch_size}))
     for prompt, several in zip(PROMPTS, answers, strict=True):
@@ -506,7 +510,7 @@ def test_greedy_answers_equal_a_plain_loop_whatever_the_batch(load, n, batch_siz
         assert several == [expected] * n
 
 
-def test_sampling_is_seeded_and_leaves_the_random_state(load):
+def test_r42_sampling_is_seeded_and_leaves_the_random_state(load):
     lm = load("student")
     state = torch.get_rng_state()
     first, again, other = (lm.sample(PROMPTS, n=2, **(HOW | {"seed": seed})) for seed in (1, 1, 2))
@@ -527,7 +531,7 @@ def test_sampled_frequencies_are_the_models_probabilities(load):
         assert seen == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / len(texts)) + 1e-3)
 
 
-def test_the_checkpoints_generation_config_does_not_leak(tmp_path, tokenizer):
+def test_r39_the_checkpoints_generation_config_does_not_leak(tmp_path, tokenizer):
     from transformers import GenerationConfig
 
     model = make_model(len(tokenizer))
@@ -542,7 +546,7 @@ def test_the_checkpoints_generation_config_does_not_leak(tmp_path, tokenizer):
     assert opinionated.model.generation_config.repetition_penalty == 9.0  # and it is saved as it was
 
 
-def test_sampling_works_while_training_with_gradient_checkpointing(load):
+def test_r40_sampling_works_while_training_with_gradient_checkpointing(load):
     plain, lm = load("student"), load("student", trains=True, checkpointing=True)
     assert lm.sample(PROMPTS, n=2, **HOW) == plain.sample(PROMPTS, n=2, **HOW)
     assert lm.model.training
@@ -561,7 +565,7 @@ def reward_model(tmp_path, tokenizer):
     return save(tmp_path / "rm", tokenizer, model), model
 
 
-def test_a_reward_model_is_read_at_the_last_token_even_when_pad_is_eos(reward_model, load):
+def test_r43_a_reward_model_is_read_at_the_last_token_even_when_pad_is_eos(reward_model, load):
     path, model = reward_model
     prompts, answers = [QUESTION] * 5, ["A.", "Something much longer than that.", "", "B", "Nothing at all."]
     scores = common.load_reward(path, CPU, batch_size=2)(prompts, answers)
