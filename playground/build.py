@@ -398,6 +398,10 @@ The 128 held-out requests (of 512) are those of 16 pairs of a category and a cou
 | scoring its own greedy rewriting | {rewriting[greedy][rescore_error]:.2f} off on average |
 
 A score of 1 is a reward of 0 or less, a score of 10 a reward of 1.2. `measured.json` has all digits.
+
+Building is deterministic for a seed on one machine with one number of threads. Elsewhere sums are rounded in another
+order and training ends in other weights of the same kind: a second build of these very files on another processor
+measured 0.93 sampled and 1.12 greedy for `teacher`, and 95.0% and 73.2% of judgements right (any answers, its own).
 """  # noqa: E501
 
 

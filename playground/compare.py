@@ -56,8 +56,70 @@ RUNS = {
     "adpa_greedy": "adpa.py --sample_temperature 0",
     **{f"adpa_gamma_{gamma}": f"adpa.py --gamma {gamma}" for gamma in (0.1, 0.3, 2, 4)},
 }
+RUNS |= {
+    # ---- the DPKD paper: baselines on the teacher's answers, all (2,000) and few (60); equal data and steps
+    "dpkd": "dpkd.py",
+    "dpkd_frozen": "dpkd.py --refresh_every 0",
+    "dpkd_summed": "dpkd.py --no-length_normalize",
+    **{f"dpkd_beta_{beta}": f"dpkd.py --beta {beta}" for beta in (0.1, 2)},
+    "dpkd_released": "-m playground.released dpkd",
+    "seqkd": "dckd.py --data {teacher_answers:dpkd} --kl_chosen 0 --kl_rejected 0",
+    "kd": "dckd.py --data {teacher_answers:dpkd} --kl_chosen 1 --kl_rejected 0",
+    "reverse_kl": "-m playground.baselines --loss reverse_kl",
+    "dpkd_60": "dpkd.py --teacher_answers 60 --max_steps 252",
+    "seqkd_60": "dckd.py --data {teacher_answers:dpkd_60} --kl_chosen 0 --kl_rejected 0 --max_steps 252",
+    # ---- the PAD paper
+    "pad": "pad.py",
+    "pad_vpd": "pad.py --loss vpd",
+    "pad_logp": "pad.py --alpha 1",
+    "pad_half": "pad.py --alpha 0.5",
+    "pad_beta_10": "pad.py --beta 10",
+    "pad_2_answers": "pad.py --num_answers 2",
+    "pad_2_rounds": "pad.py --rounds 2",
+    "pad_swapped": "pad.py --swap_order",
+    "pad_dpo": "-m playground.baselines --loss dpo --data {best_and_worst:pad}",
+    "pad_simpo": "-m playground.baselines --loss simpo --data {best_and_worst:pad}",
+    "pad_released": "-m playground.released pad",
+    # ---- the RM-Distiller paper: one annotation serves all
+    "rm": "rm_distiller.py",
+    "rm_bt_plain": "rm_distiller.py --annotations {rm}/annotations.jsonl --no-refine --no-margin --kl_coef 0",
+    "rm_margin_plain": "rm_distiller.py --annotations {rm}/annotations.jsonl --no-refine --kl_coef 0",
+    "rm_bt_refined": "rm_distiller.py --annotations {rm}/annotations.jsonl --no-margin --kl_coef 0",
+    "rm_margin_refined": "rm_distiller.py --annotations {rm}/annotations.jsonl --kl_coef 0",
+    "rm_released": "-m playground.released rm_distiller --annotations {rm}/annotations.jsonl",
+}
 README_RUNS = ["dpo_student", "sft", "vanilla_kd", "dckd", "adpa", "adpa_plus", "pad", "dpkd"]
-FILES = {}
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def teacher_answers(run: Path) -> Path:
+    """The answers that a DPKD run's teacher wrote, as preference data whose rejected side is not used."""
+    rows = [row for row in rows_of(run / "teacher_answers.jsonl") if row["text"]]
+    return write_rows(
+        run / "as_chosen.jsonl",
+        [{"prompt": row["prompt"], "chosen": row["text"], "rejected": "-"} for row in rows],
+    )
+
+
+def best_and_worst(run: Path) -> Path:
+    """The best and the worst by the teacher's score of the answers that a PAD run was trained on: data for DPO."""
+    pairs = []
+    for row in rows_of(run / "scores_1.jsonl"):
+        if min(row["judgement"]) <= 0.5 < max(row["judgement"]):
+            ranked = sorted(zip(row["score"], (answer["text"] for answer in row["answers"])))
+            pairs.append({"prompt": row["prompt"], "chosen": ranked[-1][1], "rejected": ranked[0][1]})
+    return write_rows(run / "best_and_worst.jsonl", pairs)
+
+
+FILES = {"teacher_answers": teacher_answers, "best_and_worst": best_and_worst}
 
 
 def needs(command: str) -> list[str]:
@@ -117,7 +179,7 @@ def collect(names: list[str], seeds: range, folder: Path) -> dict:
         result[name] = {"command": f"python {RUNS[name]}", "runs": []}
         for seed in seeds:
             run = folder / f"{name}__{seed}"
-            rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            rows = rows_of(run / "metrics.jsonl")
             curves = {
                 key: [[row["step"], row.get("charts/tokens"), row[key]] for row in rows if key in row]
                 for key in ("eval/reward", "eval/logp_teacher_answers", "eval/logp_student_answers")
@@ -179,14 +241,14 @@ def reward_table(results: dict, rows: dict[str, str]) -> str:
     return markdown(["", "oracle reward", "win rate", "seconds"], lines)
 
 
-def claims_table(results: dict, claims: list[tuple]) -> str:
-    """Claims (paper, text, better, worse[, key]): what is measured, and whether it shows."""
+def comparisons(results: dict, claims: list[tuple]) -> list[list[str]]:
+    """Table rows for claims (paper, text, better, worse[, key]): what is measured, and whether it shows."""
     lines = []
     for paper, text, better, worse, *key in claims:
         difference, p, verdict = compare(results, better, worse, *key)
         numbers = " against ".join(mean_and_error(values(results, name, *key)) for name in (better, worse))
         lines.append([paper, text, verdict, numbers, f"{difference:+.3f}", f"{p:.3f}"])
-    return markdown(["paper", "claim", "does it show here?", "numbers", "difference", "p"], lines)
+    return lines
 
 
 def replace_block(path: Path, name: str, text: str):
@@ -260,6 +322,68 @@ def draw_sweep(results: dict, points: dict[float, str], key: str = "reward_after
             axes.set_xticks(list(points), [f"{point:g}" for point in points])
 
     return draw
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+METHODS = {
+    "student, untrained": "student",
+    "DPO on the student": "dpo_student",
+    "SFT on chosen": "sft",
+    "vanilla distillation": "vanilla_kd",
+    "DCKD": "dckd",
+    "DPKD": "dpkd",
+    "PAD": "pad",
+    "ADPA": "adpa",
+    "ADPA+": "adpa_plus",
+    "teacher": "teacher",
+}
+ACCURACY = "accuracy_after"
+CLAIMS = [  # (paper, claim, the run that should be better, the run that should be worse[, key])
+    ("ADPA", "DPO helps the large model", "teacher", "student"),
+    ("ADPA", "DPO hurts the small model", "student", "dpo_student"),
+    ("ADPA", "DCKD beats distillation on the chosen side only", "dckd", "vanilla_kd"),
+    ("ADPA", "DCKD beats SFT", "dckd", "sft"),
+    ("ADPA", "ADPA beats DCKD", "adpa", "dckd"),
+    ("ADPA", "ADPA+ beats ADPA", "adpa_plus", "adpa"),
+    ("ADPA", "without the reference teacher ADPA falls", "adpa", "adpa_no_reference"),
+    ("ADPA", "too large a γ over-optimises", "adpa", "adpa_gamma_4"),
+    ("PAD", "PPD beats VPD", "pad", "pad_vpd"),
+    ("PAD", "PAD beats pairwise training (DPO)", "pad", "pad_dpo"),
+    ("PAD", "PAD beats pairwise training (SimPO)", "pad", "pad_simpo"),
+    ("PAD", "the calibrated reward beats the plain average log-prob", "pad", "pad_logp"),
+    ("PAD", "more answers help (4 against 2)", "pad", "pad_2_answers"),
+    ("PAD", "the student passes its teacher", "pad", "teacher"),
+    ("DPKD", "DPKD beats SeqKD", "dpkd", "seqkd"),
+    ("DPKD", "DPKD beats token-level distillation", "dpkd", "kd"),
+    ("DPKD", "length normalisation matters", "dpkd", "dpkd_summed"),
+    ("RM-Distiller", "refinement adds (margin loss)", "rm_margin_refined", "rm_margin_plain", ACCURACY),
+    ("RM-Distiller", "scoring adds (refined pairs)", "rm_margin_refined", "rm_bt_refined", ACCURACY),
+    ("RM-Distiller", "generation adds", "rm", "rm_margin_refined", ACCURACY),
+    ("RM-Distiller", "the full method beats binary labels", "rm", "rm_bt_plain", ACCURACY),
+    ("RM-Distiller", "… also under best-of-n", "rm", "rm_bt_plain", "best_of_n_reward"),
+]
+RELEASED = [  # (method, what the release does, the method here, the release's way[, key])
+    ("ADPA", "clamps advantages to [1e-8, 1 − 1e-8]", "adpa", "adpa_released_clip"),
+    ("PAD", "swaps the divergence's arguments and mixes prompts", "pad", "pad_released"),
+    ("DPKD", "trains on argmax tokens of both models instead of samples", "dpkd", "dpkd_released"),
+    ("RM-Distiller", "takes the margin loss over a B × B table", "rm", "rm_released", ACCURACY),
+]
+
+
+def report(results: dict, docs: Path):
+    """Everything that is written from docs/results.json: tables between marks, figures."""
+    runs = [run for entry in results.values() for run in entry["runs"]]
+    versions = ", ".join(f"{name} {runs[0][name]}" for name in ("torch", "transformers"))
+    seeds = sorted({run["seed"] for run in runs})
+    hours = sum(run["seconds"] for run in runs) / 3600
+    setting = f"{len(runs)} runs, seeds {seeds[0]} to {seeds[-1]}, {versions}, {runs[0]['device']}, {hours:.1f} hours on one core."
+    replace_block(docs / "results.md", "setting", setting)
+    replace_block(docs / "results.md", "methods", reward_table(results, METHODS))
+    replace_block(docs.parent / "README.md", "readme", reward_table(results, METHODS))
+    header = ["paper", "claim", "does it show here?", "numbers", "difference", "p"]
+    replace_block(docs / "results.md", "claims", markdown(header, comparisons(results, CLAIMS)))
+    header = ["method", "the released code", "is it worse here?", "numbers", "difference", "p"]
+    replace_block(docs / "results.md", "released", markdown(header, comparisons(results, RELEASED)))
 
 
 def with_needs(names: list[str]) -> list[str]:
