@@ -180,8 +180,7 @@ def read_corpus(lm: LM, source: str, split: str, size: int) -> list[Example]:
 
 
 class Waiting(list):
-    """Token ids of the y_s that wait for their steps: part of a checkpoint, because earlier weights wrote them. One
-    without ids (it said nothing and did not end) is left out of its step."""
+    """Token ids of the y_s that wait for their steps: part of a checkpoint, because earlier weights wrote them."""
 
     state_dict, load_state_dict = list.copy, list.extend
 
@@ -260,25 +259,23 @@ def main(args: Args):
     @torch.no_grad()
     def watch() -> dict[str, float]:
         """Its mean over answers to held-out prompts that never change, the teacher's and the untrained student's."""
-        pairs = map(encoded, held_out, aligned, before)
-        fixed, size = [pair for pair in pairs if all(pair.responses)], args.micro_batch_size
+        fixed, size = [p for p in map(encoded, held_out, aligned, before) if all(p.responses)], args.micro_batch_size
         means = torch.cat([mean_logps(fixed[start : start + size]) for start in range(0, len(fixed), size)])
         return dict(zip(WATCHED, means.view(-1, 2).mean(0).tolist()))
+
+    at_start = watch()  # before any checkpoint is loaded
 
     # ---------------------------------------------------------------------------------------------------- optimiser
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     total_steps = args.max_steps or args.num_epochs * steps_per_epoch
     optimizer = torch.optim.AdamW(student.model.parameters(), args.learning_rate, weight_decay=args.weight_decay)
     scheduler = get_cosine_schedule_with_warmup(optimizer, math.ceil(args.warmup_ratio * total_steps), total_steps)
-    waiting = Waiting()
-    parts = {"model": student.model, "optimizer": optimizer, "scheduler": scheduler, "waiting": waiting}
+    parts = {"model": student.model, "optimizer": optimizer, "scheduler": scheduler}
+    waiting = parts["waiting"] = Waiting()
     first_step = load_checkpoint(run / "checkpoint.pt", **parts)
     metrics = run / "metrics.jsonl"
     logged = metrics.read_text().splitlines(keepends=True) if first_step else []
     metrics.write_text("".join(line for line in logged if json.loads(line)["step"] <= first_step))
-    if first_step == 0:
-        metrics.write_text(json.dumps({"step": 0, "eval/reward": mean_reward(before), **watch()}) + "\n")
-    at_start = json.loads(metrics.read_text().partition("\n")[0])  # also of a run that is resumed
     if args.track == "wandb":
         import wandb
 
@@ -289,7 +286,10 @@ def main(args: Args):
         tracker = SummaryWriter(str(run))
 
     # ----------------------------------------------------------------------------------------------------- training
-    def draw(step: int) -> list[Example]:  # of y_t alone
+    if first_step == 0:
+        metrics.write_text(json.dumps({"step": 0, "eval/reward": mean_reward(before), **at_start}) + "\n")
+
+    def draw(step: int) -> list[Example]:
         epoch, place = divmod(step, steps_per_epoch)
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
         return [examples[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]]
@@ -304,9 +304,8 @@ def main(args: Args):
             waiting[:] = [said.responses[0] for said in map(encoded, ahead, answer(student, 1.0, ahead, step))]
             sampled_tokens += sum(map(len, waiting))
         drawn = [Example(row, prompt, [*y_t, y_s]) for (row, prompt, y_t), y_s in zip(asked, waiting) if y_s]
-        del waiting[: len(asked)]
+        del waiting[: len(asked)]  # a y_s without tokens said nothing and did not end: it is left out
         sampling_seconds += time.time() - tick
-
         tick, losses = time.time(), Counter()
         texts = random.Random(args.seed + step).choices(corpus, k=len(drawn)) if corpus else []
         for start in range(0, len(drawn), args.micro_batch_size):
@@ -350,7 +349,8 @@ def main(args: Args):
             row["charts/sampling_share"] = sampling_seconds / (sampling_seconds + seconds)
             row["charts/sampling_tokens_per_second"] = sampled_tokens / max(sampling_seconds, 1e-9)
         if done % args.eval_every == 0 or done == total_steps:
-            row |= {"eval/reward": mean_reward(evaluate(student)), **watch()}
+            row["eval/reward"] = mean_reward(evaluate(student))
+            row |= watch()
             y_t, y_s = (at_start[key] - row[key] for key in WATCHED)
             if y_s > COLLAPSE and y_t > 0 and not warned:
                 falls, warned = f"log q per token fell by {y_s:.1f} on y_s and {y_t:.1f} on y_t", True
