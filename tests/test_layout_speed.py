@@ -39,6 +39,15 @@ def padded_step(lm, examples, vocab_size):
     return -((logps * mask[:, 1:]).sum(-1) / mask[:, 1:].sum(-1)).mean()
 
 
+def test_every_prompt_goes_through_the_model_once_and_only_response_tokens_through_the_head(tmp_path):
+    """Where the time goes, counted: tokens in the backbone, and positions in the head of 49,152 rows."""
+    lm = LM(save(tmp_path, make_tokenizer(), make_model(400)), CPU)
+    for n, share in ((2, 0.67), (4, 0.50), (8, 0.42)):
+        batch = pack(random_examples(400, [(228, [112] * n)] * 3), lm)
+        assert batch.input_ids.numel() == 3 * (228 + n * 112) <= share * 3 * n * (228 + 112)
+        assert batch.source.numel() == 3 * n * 112
+
+
 def test_a_packed_step_is_twice_as_fast_as_a_padded_row_per_response(tmp_path):
     vocab_size = 49_152
     model = make_model(vocab_size, width=128, layers=4, initializer_range=0.1)
