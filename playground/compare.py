@@ -72,7 +72,7 @@ RUNS |= {
     "pad": "pad.py",
     "pad_vpd": "pad.py --loss vpd",
     "pad_logp": "pad.py --alpha 1",
-    "pad_half": "pad.py --alpha 0.5",
+    "pad_judgement": "pad.py --alpha 0",
     "pad_beta_10": "pad.py --beta 10",
     "pad_2_answers": "pad.py --num_answers 2",
     "pad_2_rounds": "pad.py --rounds 2",
@@ -185,6 +185,8 @@ def collect(names: list[str], seeds: range, folder: Path) -> dict:
                 for key in ("eval/reward", "eval/logp_teacher_answers", "eval/logp_student_answers")
             }
             summary = json.loads((run / "summary.json").read_text())
+            for kind, (share, *_) in summary.pop("accuracy", {}).items():  # of a reward model
+                summary[f"accuracy_after/{kind}"] = share
             result[name]["runs"].append({"seed": seed, **summary, "curves": {k: v for k, v in curves.items() if v}})
     return result
 
@@ -370,20 +372,115 @@ RELEASED = [  # (method, what the release does, the method here, the release's w
 ]
 
 
-def report(results: dict, docs: Path):
+TABLES = {  # (page, block): rows {label: run}
+    ("README.md", "readme"): METHODS,
+    ("docs/results.md", "methods"): METHODS,
+    ("docs/dckd.md", "dckd"): {
+        "student, untrained": "student",
+        "SFT on chosen (`--kl_chosen 0 --kl_rejected 0`)": "sft",
+        "vanilla distillation (`--kl_rejected 0`)": "vanilla_kd",
+        "DCKD": "dckd",
+        "teacher": "teacher",
+    },
+    ("docs/adpa.md", "adpa"): {
+        "student, untrained": "student",
+        "DPO on the student": "dpo_student",
+        "SFT on chosen": "sft",
+        "DCKD": "dckd",
+        "ADPA": "adpa",
+        "ADPA+": "adpa_plus",
+        "ADPA without reference (`--teacher_ref none`)": "adpa_no_reference",
+        "ADPA as released (`--advantage_clip 1e-8 0.99999999`)": "adpa_released_clip",
+        "ADPA on greedy ŷ (`--sample_temperature 0`)": "adpa_greedy",
+        "teacher": "teacher",
+    },
+    ("docs/adpa.md", "gamma"): {
+        **{f"γ = {gamma}": f"adpa_gamma_{gamma}" for gamma in (0.1, 0.3)},
+        "γ = 0.7": "adpa",
+        **{f"γ = {gamma}": f"adpa_gamma_{gamma}" for gamma in (2, 4)},
+    },
+    ("docs/dpkd.md", "dpkd"): {
+        "student, untrained": "student",
+        "SeqKD: SFT on the teacher's answers": "seqkd",
+        "KD: forward KL on them": "kd",
+        "reverse KL on the student's samples": "reverse_kl",
+        "DPO on the student": "dpo_student",
+        "DPKD": "dpkd",
+        "teacher": "teacher",
+    },
+    ("docs/dpkd.md", "dpkd_settings"): {
+        "DPKD": "dpkd",
+        "`--beta 0.1`": "dpkd_beta_0.1",
+        "`--beta 2`": "dpkd_beta_2",
+        "`--no-length_normalize`": "dpkd_summed",
+        "`--refresh_every 0` (frozen y_s)": "dpkd_frozen",
+    },
+    ("docs/dpkd.md", "dpkd_few"): {"SeqKD": "seqkd_60", "DPKD": "dpkd_60"},
+    ("docs/pad.md", "pad"): {
+        "student, untrained": "student",
+        "PAD (PPD)": "pad",
+        "`--loss vpd`": "pad_vpd",
+        "`--alpha 1` (average log-prob alone)": "pad_logp",
+        "`--alpha 0` (judgement alone)": "pad_judgement",
+        "`--beta 10`": "pad_beta_10",
+        "`--num_answers 2`": "pad_2_answers",
+        "`--rounds 2`": "pad_2_rounds",
+        "`--swap_order`": "pad_swapped",
+        "DPO on best against worst": "pad_dpo",
+        "SimPO on best against worst": "pad_simpo",
+        "teacher": "teacher",
+    },
+}
+REWARD_MODELS = {
+    "Bradley-Terry, plain labels": "rm_bt_plain",
+    "margin loss, plain labels": "rm_margin_plain",
+    "Bradley-Terry, refined pairs": "rm_bt_refined",
+    "margin loss, refined pairs": "rm_margin_refined",
+    "full method": "rm",
+    "full method, released B × B margin": "rm_released",
+}
+PAIR_KINDS = ("easy", "hard", "shifted")
+
+
+def measured(results: dict, rows: dict[str, str]) -> dict[str, str]:
+    """Those of the rows that were run; the untrained student and the teacher are measured by every run."""
+    return {label: name for label, name in rows.items() if name in results or name in ("student", "teacher")}
+
+
+def report(results: dict, root: Path):
     """Everything that is written from docs/results.json: tables between marks, figures."""
-    runs = [run for entry in results.values() for run in entry["runs"]]
+    docs, runs = root / "docs", [run for entry in results.values() for run in entry["runs"]]
     versions = ", ".join(f"{name} {runs[0][name]}" for name in ("torch", "transformers"))
     seeds = sorted({run["seed"] for run in runs})
-    hours = sum(run["seconds"] for run in runs) / 3600
-    setting = f"{len(runs)} runs, seeds {seeds[0]} to {seeds[-1]}, {versions}, {runs[0]['device']}, {hours:.1f} hours on one core."
+    setting = f"{len(runs)} runs, seeds {seeds[0]} to {seeds[-1]}, {versions}, {runs[0]['device']}."
     replace_block(docs / "results.md", "setting", setting)
-    replace_block(docs / "results.md", "methods", reward_table(results, METHODS))
-    replace_block(docs.parent / "README.md", "readme", reward_table(results, METHODS))
-    header = ["paper", "claim", "does it show here?", "numbers", "difference", "p"]
-    replace_block(docs / "results.md", "claims", markdown(header, comparisons(results, CLAIMS)))
-    header = ["method", "the released code", "is it worse here?", "numbers", "difference", "p"]
-    replace_block(docs / "results.md", "released", markdown(header, comparisons(results, RELEASED)))
+    for (page, block), rows in TABLES.items():
+        replace_block(root / page, block, reward_table(results, measured(results, rows)))
+    for block, third, claims in (("claims", "does it show here?", CLAIMS), ("released", "is it worse here?", RELEASED)):
+        header = ["method", "claim" if block == "claims" else "the released code", third, "numbers", "difference", "p"]
+        claims = [claim for claim in claims if len(measured(results, dict(enumerate(claim[2:4])))) == 2]
+        replace_block(docs / "results.md", block, markdown(header, comparisons(results, claims)))
+    models = measured(results, REWARD_MODELS)
+    columns = [f"accuracy_after/{kind}" for kind in PAIR_KINDS] + ["best_of_n_reward"]
+    lines = [[label, *(mean_and_error(values(results, name, k)) for k in columns)] for label, name in models.items()]
+    table = markdown(["", *(f"accuracy, {kind} pairs" for kind in PAIR_KINDS), "reward of best of 8"], lines)
+    replace_block(docs / "rm_distiller.md", "rm", table)
+
+    reward, rows = "oracle reward of sampled answers", measured(results, METHODS)
+    figure(docs / "rewards.svg", draw_intervals(results, rows), "Reward after distillation, five seeds", reward, "")
+    rows = {label: name for label, name in rows.items() if name in results}
+    draw = draw_curves(results, rows, "eval/reward", scale=1e-3)
+    figure(docs / "efficiency.svg", draw, "Sample efficiency", "response tokens trained on, thousands", reward)
+    gammas = {0.1: "adpa_gamma_0.1", 0.3: "adpa_gamma_0.3", 0.7: "adpa", 2: "adpa_gamma_2", 4: "adpa_gamma_4"}
+    figure(docs / "gamma.svg", draw_sweep(results, gammas), "Too large a γ over-optimises", "γ", reward)
+    rows = {"y_s sampled anew every 4 steps": "dpkd", "y_s of the untrained student": "dpkd_frozen"}
+    label = "log q per token, untrained student's answers"
+    draw = draw_curves(results, rows, "eval/logp_student_answers", x=0)
+    figure(docs / "dpkd_frozen.svg", draw, "Frozen y_s are pushed down without end", "step", label)
+    draw = draw_sweep(results, {2: "pad_2_answers", 4: "pad"}, log=False)
+    figure(docs / "pad_n.svg", draw, "PAD over the number of answers", "answers of a prompt", reward)
+    draw = draw_intervals(results, models, "accuracy_after")
+    figure(docs / "rm_accuracy.svg", draw, "Accuracy on held-out pairs, all kinds", "share of pairs ordered right", "")
 
 
 def with_needs(names: list[str]) -> list[str]:
@@ -401,6 +498,12 @@ def main(args: Args):
     names = with_needs(names)
     execute_all(names, seeds, folder, args.at_once)
     results = collect(names, seeds, folder)
+    if args.quick or args.only:
+        print("README.md and docs/ are left as they are: --quick and --only make no report")
+    else:
+        text = json.dumps(results, indent=1, sort_keys=True)
+        (ROOT / "docs/results.json").write_text(text + "\n")
+        report(results, ROOT)
     for name in names:
         key = "reward_after" if "reward_after" in results[name]["runs"][0] else "accuracy_after"
         print(f"{name:<24}{mean_and_error(values(results, name, key))}")

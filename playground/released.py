@@ -4,12 +4,16 @@ Each variant replaces one function of a method's script by what the release does
 only: nothing here is a recommendation. (ADPA's clamp needs no variant: it is `adpa.py --advantage_clip`.)
 """
 
+import math
 import sys
 
+import torch
 import torch.nn.functional as F
 import tyro
 
 import dckd
+import pad
+import rm_distiller
 
 
 def argmax_preference(teacher_log_probs, student_log_probs, top_k=0, beta=0.1):
@@ -22,9 +26,26 @@ def argmax_preference(teacher_log_probs, student_log_probs, top_k=0, beta=0.1):
     return -F.logsigmoid(beta * (log_ratios.gather(-1, y_t) - log_ratios.gather(-1, y_s))).squeeze(-1)
 
 
+def divergence_from_a_shared_mixture(student, teacher):
+    """[B]: PAD as released: ½ [KL(M ‖ S) + KL(M ‖ T)] instead of ½ [KL(S ‖ M) + KL(T ‖ M)], and one mixture M for all
+    prompts of the micro-batch. Not bounded by log 2, and 0 only if all prompts have one distribution."""
+    ours, theirs = pad.ranking_logps(student), pad.ranking_logps(teacher)  # [B, n!]
+    both = torch.cat([ours, theirs])
+    mixture = both.logsumexp(0) - math.log(len(both))  # [n!]
+    return (mixture.exp() * (2 * mixture - ours - theirs)).sum(-1) / 2
+
+
+def margin_loss_over_a_table(better, worse, margins=None):
+    """[B]: RM-Distiller as released: differences [B] minus margins [B, 1] make a table [B, B], so every pair is pulled
+    to the mean margin of its micro-batch."""
+    return (better - worse - margins[:, None]).square().mean(0)
+
+
 # name: (script, function that is replaced, what replaces it, flags)
 VARIANTS = {
     "dpkd": (dckd, "forward_kl", argmax_preference, ["--kl_chosen", "2", "--kl_rejected", "0"]),
+    "pad": (pad, "ppd", divergence_from_a_shared_mixture, []),
+    "rm_distiller": (rm_distiller, "pair_loss", margin_loss_over_a_table, []),
 }
 
 
