@@ -125,7 +125,7 @@ class Args:
     """answers sampled at a time"""
 
     # method
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     """of AdamW (playground; released code: 5e-4 for a GPT-2 of 120M; the paper gives none)"""
     beta: float = 1.0
     """β, scale of the implicit reward (playground; released code: 0.1; the paper gives none)"""

@@ -359,8 +359,8 @@ def test_r46_a_corpus_that_cannot_be_read_is_one_line(load, tmp_path, capfd, cas
 @pytest.mark.parametrize("refresh_every", [0, 1])
 def test_old_student_answers_collapse_and_fresh_ones_do_not(refresh_every, tmp_path, capsys):
     run = tmp_path / "run"
-    flags = {"refresh_every": refresh_every, "max_steps": 100, "eval_prompts": 64, "eval_every": 25, "save_every": 100}
-    assert run_script("dpkd", **flags, output_dir=run) == 0
+    flags = {"learning_rate": 3e-3, "max_steps": 100, "eval_prompts": 64, "eval_every": 50}
+    assert run_script("dpkd", **flags, refresh_every=refresh_every, output_dir=run) == 0
     rows = [row for row in read_jsonl(run / "metrics.jsonl") if "eval/reward" in row]
     y_t, y_s = ([row[f"eval/logp_{name}_answers"] for row in rows] for name in ("teacher", "student"))
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
