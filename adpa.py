@@ -145,8 +145,10 @@ class Args:
 def advantages(teacher_log_probs, reference_log_probs=None, clip=None, top_k=0) -> torch.Tensor:
     """[N, V]: A(s, a) = log π_dpo(a|s) − log π_ref(a|s) of every token (section 3.2); without a reference log π_dpo.
     A token that one of the models excludes (probability 0) has advantage 0."""
-    advantage = teacher_log_probs - (0 if reference_log_probs is None else reference_log_probs)
-    advantage = advantage.masked_fill(~advantage.isfinite(), 0.0)
+    if reference_log_probs is None:
+        reference_log_probs = torch.zeros_like(teacher_log_probs)
+    excluded = teacher_log_probs.isneginf() | reference_log_probs.isneginf()
+    advantage = (teacher_log_probs - reference_log_probs).masked_fill(excluded, 0.0)
     if clip is not None:
         advantage = advantage.clamp(*clip)
     if top_k:

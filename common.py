@@ -221,7 +221,7 @@ def make_examples(lm: LM, rows: list[dict], answers, max_prompt_tokens: int, max
         responses = [r[: None if set(r[-1:]) & set(lm.end_ids) else max_response_tokens] for r in responses]
         if not all(responses) or not all(map(str.strip, ["".join(t["content"] for t in row["prompt"]), *texts])):
             dropped["empty prompt or answer"] += 1
-        elif "chosen" in row and row["chosen"] == row.get("rejected"):
+        elif answers and "chosen" in row and row["chosen"] == row.get("rejected"):
             dropped["equal answers"] += 1
         elif len(prompt) > max_prompt_tokens or any(len(response) > max_response_tokens for response in responses):
             dropped[f"over {max_prompt_tokens} prompt or {max_response_tokens} response tokens"] += 1
@@ -288,7 +288,7 @@ def target_logps(target_ids: torch.Tensor, log_probs: torch.Tensor) -> torch.Ten
 def response_means(values: torch.Tensor, response_of: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """[R]: a per-token quantity averaged over each response's tokens, from values and response_of [N] (or those of some
     responses only: the others get 0) and lengths [R]. Times `lengths` it is the sum."""
-    return torch.zeros(len(lengths), device=values.device).index_add(0, response_of, values) / lengths
+    return values.new_zeros(len(lengths)).index_add(0, response_of, values) / lengths
 
 
 def load_reward(spec: str, device: torch.device, trust_remote_code=False, batch_size=32):
