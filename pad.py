@@ -121,29 +121,28 @@ class Args:
     """answers sampled at a time"""
 
     # method
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     """of AdamW (playground; released code: 8e-7)"""
     loss: Literal["ppd", "vpd"] = "ppd"
     """distance of the distributions over rankings, or the teacher's ranking alone (paper: both, ppd is the main one)"""
     beta: float = 2.0
     """β, sharpness of both distributions (playground; released code: 10)"""
     alpha: float = 0.9
-    """α, from 0 to 1, weight of the average log-prob in the teacher's score (playground; released code: 0)"""
+    """α, weight of the average log-prob in the teacher's score; 1 drops the filter (playground; released code: 0)"""
     num_answers: int = 4
     """n, answers to learn from per prompt, in all rounds together (released code: 4)"""
     rounds: int = 1
-    """k, rounds of n/k answers by the newest student, which share --num_epochs (paper, section 4.4)"""
+    """k, rounds of n/k answers by the newest student, which share the --num_epochs (paper, section 4.4)"""
     num_samples: int = 5
     """answers sampled per prompt in a round, of which the most different are kept (released code: 5)"""
     sample_temperature: float = 1.0
     """of these answers (released code: 1, from a nucleus of 0.95; paper: 0.8)"""
     swap_order: bool = False
     """ask about two answers in both orders, against the judge's position bias (ours; paper and code: one order)"""
-    max_rows: int = 1200
+    max_rows: int = 1400
     """the first rows of --data, whose prompts are used (playground); 0 takes all"""
 
 
-# What the teacher is asked. The probabilities of A and of B as the next token are its reply: nothing is sampled.
 JUDGE = "Request: {prompt}\nAnswer A: {a}\nAnswer B: {b}\nWhich answer is better? Reply with A, B or None."
 
 
@@ -174,8 +173,7 @@ def judgements(p_a: torch.Tensor, p_b: torch.Tensor, pairs: list[tuple[int, int]
 
 
 def ranking_logps(scores: torch.Tensor) -> torch.Tensor:
-    """[B, n!]: log P(τ) = Σ_k [ s_τ(k) − log Σ_{j≥k} exp(s_τ(j)) ] of every ranking, from scores [B, n]. The first of
-    the rankings is the order in which the scores stand."""
+    """[B, n!]: log P(τ) = Σ_k [s_τ(k) − log Σ_{j≥k} exp(s_τ(j))] of all rankings of scores [B, n], theirs first."""
     ranked = scores[:, list(itertools.permutations(range(scores.shape[1])))]  # [B, n!, n]
     return (ranked - ranked.flip(-1).logcumsumexp(-1).flip(-1)).sum(-1)
 
@@ -268,7 +266,7 @@ def main(args: Args):
     letters = [[i for i in range(teacher.vocab_size) if teacher.tokenizer.decode([i]).strip() == x] for x in "AB"]
 
     def score(rows: list[dict], _) -> list[dict]:
-        """Of every answer the average log-prob, exp(s_mcq) and the score; of every question p(A) and p(B)."""
+        """Of every answer the average log-prob, exp(s_mcq) and score; of every question p(A) and p(B)."""
         questions = []
         for row in rows:
             request, texts = "\n".join(t["content"] for t in row["prompt"]), [said["text"] for said in row["answers"]]
@@ -279,8 +277,8 @@ def main(args: Args):
         p_a, p_b = (probs[:, tokens].sum(-1).view(len(rows), -1) for tokens in letters)  # [B, pairs]
         s_mcq = judgements(p_a, p_b, pairs, n)  # [B, n]
         logps = average_logps(teacher, [Example(row, *teacher.encode(row["prompt"], row["answers"])) for row in rows])
-        made = {"average_logp": logps, "judgement": s_mcq.exp(), "score": args.alpha * logps + (1 - args.alpha) * s_mcq}
-        made |= {"p_a": p_a, "p_b": p_b}
+        scores = args.alpha * logps + (1 - args.alpha) * s_mcq  # [B, n]
+        made = {"average_logp": logps, "judgement": s_mcq.exp(), "score": scores, "p_a": p_a, "p_b": p_b}
         return [{"answers": r["answers"], **{k: v[i].tolist() for k, v in made.items()}} for i, r in enumerate(rows)]
 
     def make_round(turn: int) -> tuple[list[Example], dict[str, float]]:
