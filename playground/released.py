@@ -4,6 +4,7 @@ Each variant replaces one function of a method's script by what the release does
 only: nothing here is a recommendation. (ADPA's clamp needs no variant: it is `adpa.py --advantage_clip`.)
 """
 
+import importlib
 import math
 import sys
 
@@ -11,9 +12,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-import dckd
 import pad
-import rm_distiller
 
 
 def argmax_preference(teacher_log_probs, student_log_probs, top_k=0, beta=0.1):
@@ -43,16 +42,17 @@ def margin_loss_over_a_table(better, worse, margins=None):
 
 # name: (script, function that is replaced, what replaces it, flags)
 VARIANTS = {
-    "dpkd": (dckd, "forward_kl", argmax_preference, ["--kl_chosen", "2", "--kl_rejected", "0"]),
-    "pad": (pad, "ppd", divergence_from_a_shared_mixture, []),
-    "rm_distiller": (rm_distiller, "pair_loss", margin_loss_over_a_table, []),
+    "dpkd": ("dckd", "forward_kl", argmax_preference, ["--kl_chosen", "2", "--kl_rejected", "0"]),
+    "pad": ("pad", "ppd", divergence_from_a_shared_mixture, []),
+    "rm_distiller": ("rm_distiller", "pair_loss", margin_loss_over_a_table, []),
 }
 
 
 def main():
     if sys.argv[1:2] == [] or sys.argv[1] not in VARIANTS:
         raise SystemExit(f"usage: python -m playground.released {{{','.join(VARIANTS)}}} [flags of the script]")
-    module, name, variant, flags = VARIANTS[sys.argv[1]]
+    script, name, variant, flags = VARIANTS[sys.argv[1]]
+    module = importlib.import_module(script)
     assert callable(getattr(module, name))
     setattr(module, name, variant)
     module.main(tyro.cli(module.Args, args=[*flags, *sys.argv[2:]]))
