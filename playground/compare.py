@@ -310,7 +310,7 @@ def draw_curves(results: dict, rows: dict[str, str], key: str, x: int = 1, scale
             axes.plot(at, mean, color=f"C{color}", label=label)
             low, high = ([m + sign * e for m, e in zip(mean, error)] for sign in (-1, 1))
             axes.fill_between(at, low, high, color=f"C{color}", alpha=0.2)
-        axes.legend()
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
     return draw
 
@@ -459,16 +459,20 @@ def report(results: dict, root: Path):
     setting = f"{len(runs)} runs, seeds {seeds[0]} to {seeds[-1]}, {versions}, {runs[0]['device']}."
     replace_block(docs / "results.md", "setting", setting)
     for (page, block), rows in TABLES.items():
-        replace_block(root / page, block, reward_table(results, measured(results, rows)))
+        if any(name in results for name in rows.values()):
+            replace_block(root / page, block, reward_table(results, measured(results, rows)))
     for block, third, claims in (("claims", "does it show here?", CLAIMS), ("released", "is it worse here?", RELEASED)):
         header = ["method", "claim" if block == "claims" else "the released code", third, "numbers", "difference", "p"]
         claims = [claim for claim in claims if len(measured(results, dict(enumerate(claim[2:4])))) == 2]
         replace_block(docs / "results.md", block, markdown(header, comparisons(results, claims)))
-    models = measured(results, REWARD_MODELS)
     columns = [f"accuracy_after/{kind}" for kind in PAIR_KINDS] + ["best_of_n_reward"]
+    models = measured(results, REWARD_MODELS)
     lines = [[label, *(mean_and_error(values(results, name, k)) for k in columns)] for label, name in models.items()]
-    table = markdown(["", *(f"accuracy, {kind} pairs" for kind in PAIR_KINDS), "reward of best of 8"], lines)
-    replace_block(docs / "rm_distiller.md", "rm", table)
+    if lines:
+        header = ["", *(f"accuracy, {kind} pairs" for kind in PAIR_KINDS), "reward of best of 8"]
+        replace_block(docs / "rm_distiller.md", "rm", markdown(header, lines))
+        draw = draw_intervals(results, models, "accuracy_after")
+        figure(docs / "rm_accuracy.svg", draw, "Accuracy on held-out pairs", "share of pairs ordered right", "")
 
     reward, rows = "oracle reward of sampled answers", measured(results, METHODS)
     figure(docs / "rewards.svg", draw_intervals(results, rows), "Reward after distillation, five seeds", reward, "")
@@ -477,14 +481,14 @@ def report(results: dict, root: Path):
     figure(docs / "efficiency.svg", draw, "Sample efficiency", "response tokens trained on, thousands", reward)
     gammas = {0.1: "adpa_gamma_0.1", 0.3: "adpa_gamma_0.3", 0.7: "adpa", 2: "adpa_gamma_2", 4: "adpa_gamma_4"}
     figure(docs / "gamma.svg", draw_sweep(results, gammas), "Too large a γ over-optimises", "γ", reward)
-    rows = {"y_s sampled anew every 4 steps": "dpkd", "y_s of the untrained student": "dpkd_frozen"}
-    label = "log q per token, untrained student's answers"
-    draw = draw_curves(results, rows, "eval/logp_student_answers", x=0)
-    figure(docs / "dpkd_frozen.svg", draw, "Frozen y_s are pushed down without end", "step", label)
-    draw = draw_sweep(results, {2: "pad_2_answers", 4: "pad"}, log=False)
-    figure(docs / "pad_n.svg", draw, "PAD over the number of answers", "answers of a prompt", reward)
-    draw = draw_intervals(results, models, "accuracy_after")
-    figure(docs / "rm_accuracy.svg", draw, "Accuracy on held-out pairs, all kinds", "share of pairs ordered right", "")
+    rows = measured(results, {"sampled anew every 4 steps": "dpkd", "of the untrained student": "dpkd_frozen"})
+    if rows:
+        label = "log q per token, untrained student's answers"
+        draw = draw_curves(results, rows, "eval/logp_student_answers", x=0)
+        figure(docs / "dpkd_frozen.svg", draw, "DPKD pushes y_s down without end if they are old", "step", label)
+    if "pad_2_answers" in results:
+        draw = draw_sweep(results, {2: "pad_2_answers", 4: "pad"}, log=False)
+        figure(docs / "pad_n.svg", draw, "PAD over the number of answers", "answers of a prompt", reward)
 
 
 def with_needs(names: list[str]) -> list[str]:
