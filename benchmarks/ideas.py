@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from benchmarks.shared import HERE, VOCABULARIES, PeakMemory, clock, load, machine, markdown, record
+from benchmarks.shared import QUICK, RESULTS, VOCABULARIES, PeakMemory, clock, load, machine, markdown, record
 from benchmarks.step import Case, draw_examples, run_loop, training_loop
 from common import LM, Example, pack
 
@@ -27,7 +27,7 @@ from common import LM, Example, pack
 @dataclass
 class Args:
     quick: bool = False
-    """a tiny model, two repeats, benchmarks/quick.json"""
+    """a tiny model, two repeats, runs/benchmarks.json"""
     shape: str = "smollm2-135m/10"
     """shape of all models (a name in benchmarks/shared.py), a folder or a hub id"""
     repeats: int = 5
@@ -38,7 +38,7 @@ class Args:
     """cpu, cuda, ... (default: cuda where there is one)"""
     threads: int = 0
     """threads of the CPU, if not torch's own choice"""
-    output: str = str(HERE / "results.json")
+    output: str = RESULTS
     """where results go; the README is filled from its own file alone"""
 
 
@@ -82,7 +82,7 @@ def together(models: tuple[LM, ...]):
 def main(args: Args) -> dict:
     if args.quick:
         args.shape, args.repeats, args.compile = "tiny", 2, False
-        args.output = str(HERE / "quick.json") if args.output == str(HERE / "results.json") else args.output
+        args.output = QUICK if args.output == RESULTS else args.output
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

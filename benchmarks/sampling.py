@@ -20,14 +20,14 @@ import torch
 import transformers
 import tyro
 
-from benchmarks.shared import HERE, VOCABULARIES, PeakMemory, clock, load, machine, markdown, record
+from benchmarks.shared import QUICK, RESULTS, VOCABULARIES, PeakMemory, clock, load, machine, markdown, record
 from common import LM
 
 
 @dataclass
 class Args:
     quick: bool = False
-    """a tiny model, two repeats, benchmarks/quick.json"""
+    """a tiny model, two repeats, runs/benchmarks.json"""
     student: str = "smollm2-135m"
     """shape of the model (a name in benchmarks/shared.py), a folder or a hub id"""
     prompts: int = 16
@@ -46,7 +46,7 @@ class Args:
     """cpu, cuda, ... (default: cuda where there is one)"""
     threads: int = 0
     """threads of the CPU, if not torch's own choice"""
-    output: str = str(HERE / "results.json")
+    output: str = RESULTS
     """where results go; the README is filled from its own file alone"""
 
 
@@ -73,7 +73,7 @@ def plain(lm: LM, prompts, *, n, temperature, max_new_tokens, batch_size, seed) 
 def main(args: Args) -> dict:
     if args.quick:
         args.student, args.prompts, args.longest, args.max_new_tokens, args.repeats = "tiny", 8, 64, 8, 2
-        args.output = str(HERE / "quick.json") if args.output == str(HERE / "results.json") else args.output
+        args.output = QUICK if args.output == RESULTS else args.output
     if args.threads:
         torch.set_num_threads(args.threads)
     device, started = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")), time.time()

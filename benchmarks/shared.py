@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from common import LM
 
 HERE = Path(__file__).parent
+RESULTS, QUICK = str(HERE / "results.json"), str(HERE.parent / "runs" / "benchmarks.json")
 SHAPES = {  # of public checkpoints, from their config.json; weights are random and nothing is downloaded
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     | {"intermediate_size": 128, "tie_word_embeddings": True},
@@ -137,8 +138,9 @@ def record(output: Path, name: str, result: dict, tables: dict[str, str]):
     """Puts a result into the file of all results; beside the README's own file it fills the README as well."""
     results = json.loads(output.read_text()) if output.exists() else {}
     results[name] = result
+    output.parent.mkdir(exist_ok=True)
     output.write_text(json.dumps(results, indent=1))
-    if output == HERE / "results.json":
+    if str(output) == RESULTS:
         page = HERE / "README.md"
         page.write_text(fill(page.read_text(), tables))
     print("\n\n".join(f"{name}\n{table}" for name, table in tables.items() if table.count("\n") > 1))

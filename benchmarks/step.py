@@ -35,7 +35,18 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from benchmarks.shared import HERE, VOCABULARIES, PeakMemory, clock, load, machine, markdown, matmul_peak, record
+from benchmarks.shared import (
+    QUICK,
+    RESULTS,
+    VOCABULARIES,
+    PeakMemory,
+    clock,
+    load,
+    machine,
+    markdown,
+    matmul_peak,
+    record,
+)
 from common import LM, Example
 
 TOLERANCE = {False: 1e-3, True: 2e-2}  # of a loss in float32 and under bfloat16 autocast, relative where it is above 1
@@ -44,7 +55,7 @@ TOLERANCE = {False: 1e-3, True: 2e-2}  # of a loss in float32 and under bfloat16
 @dataclass
 class Args:
     quick: bool = False
-    """tiny models, few repeats, benchmarks/quick.json"""
+    """tiny models, few repeats, runs/benchmarks.json"""
     student: str = "smollm2-135m"
     """shape of the student (a name in benchmarks/shared.py), a folder or a hub id"""
     teacher: str = "smollm2-135m"
@@ -61,7 +72,7 @@ class Args:
     """threads of the CPU, if not torch's own choice"""
     only: str = ""
     """a regular expression that the names of cases must match"""
-    output: str = str(HERE / "results.json")
+    output: str = RESULTS
     """where results go; the README is filled from its own file alone"""
 
 
@@ -452,7 +463,7 @@ def main(args: Args) -> dict:
         torch.set_num_threads(args.threads)
     if args.quick:
         args.student = args.teacher = args.growth = "tiny"
-        args.output = str(HERE / "quick.json") if args.output == str(HERE / "results.json") else args.output
+        args.output = QUICK if args.output == RESULTS else args.output
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     started, measured, profiled = time.time(), [], set()
     with tempfile.TemporaryDirectory() as folder:

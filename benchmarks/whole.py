@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from benchmarks.shared import HERE, machine, markdown, record
+from benchmarks.shared import HERE, QUICK, RESULTS, machine, markdown, record
 
 LIMITS = {"dckd": 60, "adpa": 60, "pad": 60, "dpkd": 60, "rm_distiller": 90}
 
@@ -25,12 +25,12 @@ LIMITS = {"dckd": 60, "adpa": 60, "pad": 60, "dpkd": 60, "rm_distiller": 90}
 @dataclass
 class Args:
     quick: bool = False
-    """adpa.py alone with a few steps, benchmarks/quick.json"""
+    """adpa.py alone with a few steps, runs/benchmarks.json"""
     repeats: int = 1
     """runs of every script, of which the medians count"""
     only: str = ""
     """name of one script, if not all"""
-    output: str = str(HERE / "results.json")
+    output: str = RESULTS
     """where results go; the README is filled from its own file alone"""
 
 
@@ -54,7 +54,7 @@ def main(args: Args) -> dict:
     flags, result = [], {"machine": machine(torch.device("cpu")), "scripts": {}}
     if args.quick:
         flags = ["--max_steps", "2", "--eval_prompts", "4"]
-        args.output = str(HERE / "quick.json") if args.output == str(HERE / "results.json") else args.output
+        args.output = QUICK if args.output == RESULTS else args.output
     for script in scripts:
         with tempfile.TemporaryDirectory() as folder:
             runs = [run(script, Path(folder) / str(i), flags) for i in range(args.repeats)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ideas, sampling, shared, step
+from benchmarks import ideas, sampling, step
 
 TRL = {"TRL", "TRL lean"} if importlib.util.find_spec("trl") else set()
 
