@@ -160,7 +160,7 @@ def test_a_short_run_improves_the_student(script, whole_runs):
 
 @every_script
 def test_the_saved_model_is_an_ordinary_one_and_gives_the_answers_of_the_run(script, whole_runs):
-    run, _, _ = whole_runs(script)
+    run, _, flags = whole_runs(script)
     kind = "SequenceClassification" if script == "rm_distiller" else "CausalLM"
     model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(run / "model")
     transformers.AutoTokenizer.from_pretrained(run / "model")
@@ -169,9 +169,10 @@ def test_the_saved_model_is_an_ordinary_one_and_gives_the_answers_of_the_run(scr
     assert all(torch.equal(state[name], trained[name]) for name in state.keys() & trained.keys())
     assert len(state.keys() & trained.keys()) > 10 and next(iter(state.values())).dtype == torch.float32
     if kind == "CausalLM":
-        lm, told = LM(run / "model", torch.device("cpu")), read_jsonl(run / "eval_after.jsonl")[:16]
+        lm, size = LM(run / "model", torch.device("cpu")), flags["sample_batch_size"]
+        told = read_jsonl(run / "eval_after.jsonl")[:size]
         prompts = [lm.encode(row["prompt"])[0] for row in told]
-        again = lm.sample(prompts, max_new_tokens=256, batch_size=16, seed=1)
+        again = lm.sample(prompts, max_new_tokens=256, batch_size=size, seed=1)
         assert [answers[0]["text"] for answers in again] == [row["text"] for row in told]
 
 
