@@ -31,7 +31,7 @@ transformers.logging.disable_progress_bar()
 
 def stop(message: str):
     """Ends the program as a command-line tool should: one line that says what is wrong and what to do, exit code 2."""
-    print("error:", " ".join(message.split())[:600], file=sys.stderr)
+    tqdm.write("error: " + " ".join(message.split())[:600], file=sys.stderr)  # on a line of its own, below the bars
     raise SystemExit(2)
 
 
@@ -61,10 +61,9 @@ class LM:
         self.model.to(device).requires_grad_(trains).train(checkpointing)  # which works in train mode only
         if checkpointing:
             getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)()
-        # heads are often padded beyond the tokenizer's vocabulary, and padding must not get probability
-        self.vocab_size = min(len(tokenizer), self.model.get_input_embeddings().weight.shape[0])
+        self.model.get_input_embeddings().padding_idx = None  # would get no gradient, and may be an end-of-turn as well
+        self.vocab_size = min(len(tokenizer), self.model.get_input_embeddings().weight.shape[0])  # no head's padding
         self.window = getattr(self.config, "sliding_window", None) or math.inf  # beyond it our mask is not the model's
-        # what the tokenizer puts before a text: one id or none
         self.bos = [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
         # what ends an answer: the special token that the template puts behind one, and the tokens that the configs name
         ends = self.model.generation_config.eos_token_id if self.model.can_generate() else None
@@ -299,6 +298,7 @@ def load_reward(spec: str, device: torch.device, trust_remote_code=False, batch_
         stop(f"--reward {spec}: no such function here; give module:function or the path of a reward model")
     lm = None if function else LM(spec, device, remote_code=trust_remote_code, reward=True)
 
+    @clearly(f"judge answers with --reward {spec}")
     @torch.no_grad()
     def judge(prompts, answers):
         scores = list(function(prompts, answers)) if function else []

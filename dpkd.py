@@ -41,6 +41,7 @@ from transformers import get_cosine_schedule_with_warmup
 from common import (
     LM,
     Example,
+    clearly,
     load_checkpoint,
     load_reward,
     make_examples,
@@ -170,12 +171,10 @@ def read_corpus(lm: LM, source: str, split: str, size: int) -> list[Example]:
 
     file, end, pieces = Path(source), lm.end_ids[:1], []
     where = {"path": str(file.parent), "data_files": file.name} if file.is_file() else {"path": source}
-    try:
+    with clearly(f"read a column text from --lm_data {source} (split {split})"):
         for ids in lm.tokenizer(list(load_dataset(**where, split=split)["text"]), add_special_tokens=False).input_ids:
             ids = lm.bos * (ids[:1] != lm.bos) + ids + end * (ids[-1:] != end)
             pieces += [ids[start : start + size] for start in range(0, len(ids), size)]
-    except Exception as error:  # no such file, hub id, split or column; no text in it
-        stop(f"cannot read a column text from --lm_data {source} (split {split}): {error}")
     return [Example({}, ids[:1], [ids[1:]]) for ids in pieces if ids[1:]] or stop(f"--lm_data {source} holds no text")
 
 
@@ -198,16 +197,14 @@ def main(args: Args):
     if args.resume:  # a run goes on with the flags it began with
         if args != Args(resume=args.resume) or not (run / "args.json").exists():
             stop(f"--resume {run} takes the folder of a run, which holds all flags, and no other flag")
-        args = Args(**json.loads((run / "args.json").read_text()))
-    elif run.exists() and any(run.iterdir()):
-        if not (args.overwrite and (run / "args.json").exists()):
-            stop(f"{run} is not empty; --resume the run in it, --overwrite it, or choose another --output_dir")
-        shutil.rmtree(run)
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "args.json").write_text(json.dumps(vars(args), indent=1))
+        with clearly(f"resume {run}"):
+            args = Args(**{**json.loads((run / "args.json").read_text()), "overwrite": False})
+    elif run.exists() and any(run.iterdir()) and not (args.overwrite and (run / "args.json").exists()):
+        stop(f"{run} is not empty; --resume the run in it, --overwrite it, or choose another --output_dir")
 
     # ---------------------------------------------------------------------------------------------- models and data
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with clearly(f"use --device {args.device}"):
+        device = torch.empty(0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
     student = LM(args.student, device, True, args.gradient_checkpointing, args.trust_remote_code)
     teacher = LM(args.teacher, device, remote_code=args.trust_remote_code)
     vocab_size = shared_vocab(student, teacher)
@@ -218,6 +215,10 @@ def main(args: Args):
     corpus = read_corpus(student, args.lm_data, args.lm_split, args.max_response_tokens) if args.lm_data else []
     held_out = make_examples(student, read_rows(args.eval_data, args.eval_split, ()), (), *limits)
     held_out = [example.row for example in held_out[: args.eval_prompts]]
+    if args.overwrite:  # only now: a run that cannot start replaces nothing
+        shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "args.json").write_text(json.dumps(vars(args), indent=1))
 
     # ----------------------------------------------------------------------------------------- sampling, evaluation
     def answer(lm: LM, temperature: float, rows: list[dict], number: int) -> list[dict]:
@@ -240,14 +241,12 @@ def main(args: Args):
 
     # ------------------------------------------------------------------------------ stage 1: y_t; log q of answers
     answers = stage(run / "teacher_answers.jsonl", rows, partial(answer, teacher, 1.0), args.sample_batch_size)
-    rows = [{"id": answer["id"], "prompt": answer["prompt"], "y_t": answer} for answer in answers]
-    examples = make_examples(student, rows, ("y_t",), *limits)
+    examples = make_examples(student, [{**answer, "y_t": answer} for answer in answers], ("y_t",), *limits)
 
     def encoded(row: dict, *answers: dict) -> Example:
         """A prompt with sampled answers; one that never ended is no longer as text than it was as a sample."""
         prompt, responses = student.encode(row["prompt"], answers)
-        ends = [None if answer["finished"] else args.max_response_tokens for answer in answers]
-        return Example(row, prompt, [response[:end] for response, end in zip(responses, ends)])
+        return Example(row, prompt, [r[: None if a["finished"] else limits[1]] for r, a in zip(responses, answers)])
 
     def mean_logps(examples: list[Example]) -> torch.Tensor:
         """[R]: (1/|y|) log q_θ(y|x) of the examples' responses."""
@@ -274,8 +273,8 @@ def main(args: Args):
     waiting = parts["waiting"] = Waiting()
     first_step = load_checkpoint(run / "checkpoint.pt", **parts)
     metrics = run / "metrics.jsonl"
-    logged = metrics.read_text().splitlines(keepends=True) if first_step else []
-    metrics.write_text("".join(line for line in logged if json.loads(line)["step"] <= first_step))
+    logged = metrics.read_text().split("\n")[:-1] if first_step else []  # not what a kill left behind the last break
+    metrics.write_text("".join(line + "\n" for line in logged if json.loads(line)["step"] <= first_step))
     if args.track == "wandb":
         import wandb
 
@@ -330,10 +329,10 @@ def main(args: Args):
             tokens += batch.target_ids.numel()
 
         # ------------------------------------------------------------------------------------------- optimiser step
-        if not math.isfinite(losses["total"]):
-            ids = [example.row["id"] for example in drawn]
-            stop(f"loss {losses['total']} in step {step} on rows {ids}; {run} keeps the checkpoint before it")
         grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), args.max_grad_norm)
+        if not math.isfinite(losses["total"] + grad_norm):
+            ids, what = [example.row["id"] for example in drawn], f"loss {losses['total']}, gradient norm {grad_norm}"
+            stop(f"{what} in step {step} on rows {ids}; {run} keeps the checkpoint before it")
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -365,8 +364,9 @@ def main(args: Args):
 
     # ------------------------------------------------------------------------------------------------------ results
     after = stage(run / "eval_after.jsonl", held_out, partial(evaluate, student), args.sample_batch_size)
-    student.model.save_pretrained(run / "model")
-    student.tokenizer.save_pretrained(run / "model")
+    with clearly(f"write {run / 'model'}"):
+        student.model.save_pretrained(run / "model")
+        student.tokenizer.save_pretrained(run / "model")
     wins = [(new["reward"] > old["reward"]) + (new["reward"] == old["reward"]) / 2 for new, old in zip(after, before)]
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(0).ru_maxrss
     summary = {

@@ -9,8 +9,7 @@ which of two answers is better, A or B, it gives each a probability, and s_mcq i
     VPD:  L = −log P_student(τ*),  τ* the teacher's ranking
 
 Stages: (1) the student answers, `samples_1.jsonl`; (2) the teacher scores, `scores_1.jsonl`; (3) training; evaluation.
-`--rounds k`: (1) to (3) k times with n/k answers of the newest student (preference decomposing). The teacher may have
-another tokenizer: it reads text. Simplified: one GPU. docs/pad.md lists where the paper's code departs from the paper.
+`--rounds k` does so k times with n/k answers of the newest student. Any tokenizer of the teacher will do. One GPU.
 
     python pad.py                                           # the playground: a CPU, less than a minute
     python pad.py --student google/gemma-2-2b-it --teacher google/gemma-2-9b-it --data trl-lib/ultrafeedback-prompt \\
@@ -203,13 +202,9 @@ def main(args: Args):
         if args != Args(resume=args.resume) or not (run / "args.json").exists():
             stop(f"--resume {run} takes the folder of a run, which holds all flags, and no other flag")
         with clearly(f"resume {run}"):
-            args = Args(**json.loads((run / "args.json").read_text()))
-    elif run.exists() and any(run.iterdir()):
-        if not (args.overwrite and (run / "args.json").exists()):
-            stop(f"{run} is not empty; --resume the run in it, --overwrite it, or choose another --output_dir")
-        shutil.rmtree(run)
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "args.json").write_text(json.dumps(vars(args), indent=1))
+            args = Args(**{**json.loads((run / "args.json").read_text()), "overwrite": False})
+    elif run.exists() and any(run.iterdir()) and not (args.overwrite and (run / "args.json").exists()):
+        stop(f"{run} is not empty; --resume the run in it, --overwrite it, or choose another --output_dir")
 
     # ---------------------------------------------------------------------------------------------- models and data
     n = args.num_answers // max(args.rounds, 1)  # answers of a prompt in a round
@@ -217,7 +212,8 @@ def main(args: Args):
         stop(f"--num_answers {args.num_answers} / --rounds {args.rounds} must be 2 to 6 (n! rankings): try more rounds")
     if args.num_samples < n or args.alpha > 1:
         stop(f"--num_samples {args.num_samples} must be at least {n}, --alpha {args.alpha} at most 1")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with clearly(f"use --device {args.device}"):
+        device = torch.empty(0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
     student = LM(args.student, device, True, args.gradient_checkpointing, args.trust_remote_code)
     teacher = LM(args.teacher, device, remote_code=args.trust_remote_code)
     judge = load_reward(args.reward, device, args.trust_remote_code)
@@ -226,6 +222,10 @@ def main(args: Args):
     prompts = [example.row for example in make_examples(student, prompts, (), *limits)]
     held_out = make_examples(student, read_rows(args.eval_data, args.eval_split, ()), (), *limits)
     held_out = [example.row for example in held_out[: args.eval_prompts]]
+    if args.overwrite:  # only now: a run that cannot start replaces nothing
+        shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "args.json").write_text(json.dumps(vars(args), indent=1))
 
     # ----------------------------------------------------------------------------------------- sampling, evaluation
     def answer(lm: LM, temperature: float, rows: list[dict], number: int) -> list[dict]:
@@ -303,8 +303,8 @@ def main(args: Args):
     parts = {"model": student.model, "optimizer": optimizer, "scheduler": scheduler}
     first_step = load_checkpoint(run / "checkpoint.pt", **parts)
     metrics = run / "metrics.jsonl"
-    logged = metrics.read_text().splitlines(keepends=True) if first_step else []
-    metrics.write_text("".join(line for line in logged if json.loads(line)["step"] <= first_step))
+    logged = metrics.read_text().split("\n")[:-1] if first_step else []  # not what a kill left behind the last break
+    metrics.write_text("".join(line + "\n" for line in logged if json.loads(line)["step"] <= first_step))
     if args.track == "wandb":
         import wandb
 
@@ -335,10 +335,10 @@ def main(args: Args):
             tokens += sum(len(response) for example in micro for response in example.responses)
 
         # ------------------------------------------------------------------------------------------- optimiser step
-        if not math.isfinite(losses["total"]):
-            ids = [example.row["id"] for example in drawn]
-            stop(f"loss {losses['total']} in step {step} on rows {ids}; {run} keeps the checkpoint before it")
         grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), args.max_grad_norm)
+        if not math.isfinite(losses["total"] + grad_norm):
+            ids, what = [example.row["id"] for example in drawn], f"loss {losses['total']}, gradient norm {grad_norm}"
+            stop(f"{what} in step {step} on rows {ids}; {run} keeps the checkpoint before it")
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
