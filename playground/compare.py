@@ -184,7 +184,7 @@ def collect(names: list[str], seeds: range, folder: Path) -> dict:
             run = folder / f"{name}__{seed}"
             rows = rows_of(run / "metrics.jsonl")
             curves = {
-                key: [[row["step"], row.get("charts/tokens"), row[key]] for row in rows if key in row]
+                key: [[row["step"], row.get("charts/tokens", 0), row[key]] for row in rows if key in row]
                 for key in ("eval/reward", "eval/logp_teacher_answers", "eval/logp_student_answers")
             }
             summary = json.loads((run / "summary.json").read_text())
@@ -344,7 +344,6 @@ METHODS = {
 }
 ACCURACY = "accuracy_after"
 CLAIMS = [  # (paper, claim, the run that should be better, the run that should be worse[, key])
-    ("ADPA", "DPO helps the large model", "teacher", "student"),
     ("ADPA", "DPO hurts the small model", "student", "dpo_student"),
     ("ADPA", "DCKD beats distillation on the chosen side only", "dckd", "vanilla_kd"),
     ("ADPA", "DCKD beats SFT", "dckd", "sft"),

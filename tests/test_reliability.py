@@ -1,0 +1,22 @@
+"""docs/reliability.md lists all fifty promises, and every test that it names exists."""
+
+import re
+
+from conftest import ROOT
+
+TABLE = (ROOT / "docs/reliability.md").read_text()
+
+
+def rows() -> dict[str, str]:
+    return dict(re.findall(r"^\| (r\d\d) \|(.*)\|$", TABLE, re.M))
+
+
+def test_all_fifty_promises_are_listed_with_tests_that_exist():
+    assert list(rows()) == [f"r{i:02d}" for i in range(1, 51)]
+    for number, row in rows().items():
+        names = re.findall(r"`(test_\w+\.py)`: ((?:`\w+`(?:, )?)+)", row)
+        assert names or "comes with rm_distiller.py" in row, f"{number} names no test"
+        for file, tests in names:
+            source = (ROOT / "tests" / file).read_text()
+            for test in re.findall(r"`(\w+)`", tests):
+                assert f"def {test}(" in source, f"{number}: no {test} in {file}"
