@@ -288,8 +288,8 @@ def main(args: Args):
         rows = stage(run / f"scores_{turn}.jsonl", rows, score, args.micro_batch_size // n or 1)
         kept = [row for row in rows if args.alpha == 1 or min(row["judgement"]) <= 0.5 < max(row["judgement"])]
         p_a, p_b = torch.tensor([(row["p_a"], row["p_b"]) for row in rows]).view(len(rows), 2, len(pairs)).mean((0, 2))
-        judged = {"mass": (p_a + p_b).item(), "p_a": p_a.item(), "kept": len(kept) / len(prompts)}
-        print(f"round {turn}: {len(rows)} of {len(prompts)} prompts have {n} answers that differ; judge: {judged}")
+        judged = {"mass": round(float(p_a + p_b), 4), "p_a": round(float(p_a), 4), "kept": len(kept) / len(prompts)}
+        print(f"round {turn}: {n} answers differ for {len(rows)} of {len(prompts)} prompts, {len(kept)} kept; {judged}")
         kept = [row | dict(enumerate(row["answers"])) for row in kept]
         return make_examples(student, kept, range(n), *limits), {f"charts/judge_{k}": v for k, v in judged.items()}
 
