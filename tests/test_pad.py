@@ -456,8 +456,8 @@ def test_r47_numbers_of_answers_that_make_no_sense_are_refused(flags, words, tmp
 
 
 # -------------------------------------------------------------------------------------------------------------- rounds
-ROUNDS = {"rounds": 2, "num_answers": 4, "max_steps": 7, "batch_size": 8, "micro_batch_size": 4, "eval_prompts": 8}
-ROUNDS |= {"sample_batch_size": 16, "log_every": 1, "eval_every": 100, "save_every": 3, "num_samples": 3}
+ROUNDS = {"rounds": 2, "num_answers": 4, "max_steps": 12, "batch_size": 8, "micro_batch_size": 4, "eval_prompts": 8}
+ROUNDS |= {"sample_batch_size": 16, "log_every": 1, "eval_every": 100, "save_every": 4, "num_samples": 3}
 
 
 def start(**flags) -> subprocess.Popen:
@@ -467,10 +467,10 @@ def start(**flags) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "pad.py", *words], cwd=ROOT, env=environment, **pipes)
 
 
-def kill_in(process: subprocess.Popen, path) -> int:
-    """SIGKILL once some lines of a file are written; returns how many there are."""
+def kill_in(process: subprocess.Popen, path, lines=2) -> int:
+    """SIGKILL once so many lines of a file are written; returns how many there are."""
     deadline = time.time() + 200
-    while not (path.exists() and path.read_bytes().count(b"\n") > 1):
+    while not (path.exists() and path.read_bytes().count(b"\n") >= lines):
         assert process.poll() is None and time.time() < deadline, process.communicate()[0]
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
@@ -487,19 +487,24 @@ def test_r36_rounds_and_runs_that_are_killed_in_every_stage_of_them(tmp_path):
     counts = {path.name: path.read_bytes().count(b"\n") for path in whole.glob("*_?.jsonl")}
     assert set(counts) == {"samples_1.jsonl", "scores_1.jsonl", "samples_2.jsonl", "scores_2.jsonl"}
 
-    # of each round n / k answers, those of the second by another student, judged and learned from step 4 on
+    # of each round n / k answers, those of the second by another student, judged and learned from after step 6
     first, second = (read_jsonl(whole / f"scores_{turn}.jsonl") for turn in (1, 2))
     assert {len(row["answers"]) for row in first + second} == {2}
     ours, theirs = ({row["id"]: row["answers"] for row in rows} for rows in (first, second))
     assert sum(ours[id] != theirs[id] for id in ours.keys() & theirs.keys()) > 50
     rows = read_jsonl(whole / "metrics.jsonl")
     kept = [sum(min(row["judgement"]) <= 0.5 < max(row["judgement"]) for row in rows) / 64 for rows in (first, second)]
-    assert [row["charts/judge_kept"] for row in rows] == pytest.approx([kept[0]] * 4 + [kept[1]] * 3)
+    assert [row["charts/judge_kept"] for row in rows] == pytest.approx([kept[0]] * 6 + [kept[1]] * 6)
 
     process = start(**flags, output_dir=run)
     for name in ("scores_1.jsonl", "samples_2.jsonl", "scores_2.jsonl"):
         assert 1 < kill_in(process, run / name) < counts[name], name
+        saved = run / "checkpoint.pt"  # the second round's answers are of a student that is kept
+        assert saved.exists() == ("2" in name) and ("1" in name or torch.load(saved, weights_only=True)["step"] == 6)
         process = start(resume=run)
+    assert kill_in(process, run / "metrics.jsonl", 10) < 12  # in the midst of the second round
+    assert torch.load(saved, weights_only=True)["step"] == 8
+    process = start(resume=run)
     assert process.wait(200) == 0, process.communicate()[0]
     process.communicate()
     for name, weight in load_file(run / "model" / "model.safetensors").items():
