@@ -57,7 +57,9 @@ class LM:
             self.config = config.get_text_config()
             vars(self.config).update({name: 0.0 for name in vars(self.config) if "dropout" in name or "pdrop" in name})
             auto = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
-            self.model = auto.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True, **code)
+            code |= {"config": config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+            self.model, info = auto.from_pretrained(path, **code)
+            assert not info["missing_keys"], f"it lacks weights: {sorted(info['missing_keys'])}"
         self.model.to(device).requires_grad_(trains).train(checkpointing)  # which works in train mode only
         if checkpointing:
             getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)()
@@ -75,8 +77,7 @@ class LM:
             ends = [*[token for token in behind if token in special][:1], *ends]
         self.end_ids = [token for token in dict.fromkeys(ends) if token is not None] or stop(f"{path} names no EOS")
         self.share_prefix, self.autocast = True, nullcontext
-        if not reward:
-            self.check_layout()
+        reward or self.check_layout()
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     @torch.no_grad()
@@ -168,12 +169,12 @@ class LM:
         return answers
 
 
-def shared_vocab(one: LM, other: LM) -> int:
+def shared_vocab(one: LM, other: LM, advice="choose a pair") -> int:
     """The number of tokens that two models share. Heads padded to different sizes do no harm, nor do added tokens that
-    only one tokenizer has; if one id means two things, the program ends."""
+    only one tokenizer has; if one id means two things, the program ends with advice."""
     size = min(one.vocab_size, other.vocab_size)
     ours, theirs = ({t: i for t, i in lm.tokenizer.get_vocab().items() if i < size} for lm in (one, other))
-    return size if ours == theirs else stop(f"{one.path} and {other.path} have different tokenizers; choose a pair")
+    return size if ours == theirs else stop(f"{one.path} and {other.path} have different tokenizers; {advice}")
 
 
 # A row of data, the ids of its prompt and of each of its n responses; a finished response ends with its end-of-turn.
@@ -297,7 +298,6 @@ def load_reward(spec: str, device: torch.device, trust_remote_code=False, batch_
     if ":" in spec and not callable(function):
         stop(f"--reward {spec}: no such function here; give module:function or the path of a reward model")
     lm = None if function else LM(spec, device, remote_code=trust_remote_code, reward=True)
-
     @clearly(f"judge answers with --reward {spec}")
     @torch.no_grad()
     def judge(prompts, answers):
