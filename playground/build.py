@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from common import LM, Example, pack, per_token, response_means, target_logps
-from playground.templates import JUDGE, REFINE, RESCORE, SCORE
+from pad import JUDGE
 from playground.world import (
     ALL_WORDS,
     CATEGORIES,
@@ -40,6 +40,7 @@ from playground.world import (
     score,
     write,
 )
+from rm_distiller import REFINE, RESCORE, SCORE
 
 TRAIN_REQUESTS, TEST_REQUESTS = all_requests()
 SKILLS = (0.55, 1.0)  # of the writers of the data; `teacher_ref` and `student` learn to answer from them
@@ -76,12 +77,20 @@ CHECK = "Request: {prompt}\nAnswer: {answer}\nCheck each word."
 GRADE = "Request: {prompt}\nAnswer: {answer}\nScore the answer from 1 to 10."
 
 
+def score_question(request: Request, a: str, b: str) -> str:
+    return (SCORE % ("a", "b")).format(asked=request.text, a=a, b=b)
+
+
+def refine_question(request: Request, better: str, worse: str) -> str:
+    return REFINE.format(asked=request.text, teacher={"text": better}, rejected=worse)
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token for every word of the world and of the templates; any other text is spelled in bytes."""
     world = [*ALL_WORDS, *COUNTS, *KIND_WORDS, *PHRASINGS, *CATEGORIES, *(c[0] for c in CATEGORIES.values())]
     replies = "and A B None Why Edited is wrong repeated extra missing no full stop kind word nothing Yes No right"
     templates = [JUDGE, SCORE, REFINE, RESCORE, MEMBER, CHECK, GRADE]
-    text = re.sub(r"\{\w+\}", "", "\n".join([*world, replies, *templates]))
+    text = re.sub(r"\{[^}]*\}", "", "\n".join([*world, replies, *templates]))
     words = sorted({*re.findall(r"[A-Za-z]+", text), *map(str, range(1, 11))})
     bare = sorted({*re.findall(r"(?<=\n)[A-Z][a-z]+", "\n".join(templates))})  # behind a line break, no space
     pieces = [*(f"▁{word}" for word in words), *bare, "▁", *".,:?!'\n"]
@@ -170,7 +179,7 @@ def judging(request, rng):
 def scoring(request, rng):
     a, b = two_answers(request, rng)
     scores = [score(judge(request, answer).reward) for answer in (a, b)]
-    return [(SCORE.format(prompt=request.text, a=a, b=b), "A: {}, B: {}".format(*scores), True)]
+    return [(score_question(request, a, b), "A: {}, B: {}".format(*scores), True)]
 
 
 def rewriting(request, rng):
@@ -178,10 +187,10 @@ def rewriting(request, rng):
     better, worse = write(request, rng.uniform(0.7, 1), rng), any_answer(request, rng)
     poor = rng.random() < 0.5
     edited = any_answer(request, rng) if poor else edit(request, worse, rng)
-    before, after = (str(score(judge(request, answer).reward)) for answer in (worse, edited))
-    question = REFINE.format(prompt=request.text, better=better, worse=worse)
+    before, after = (score(judge(request, answer).reward) for answer in (worse, edited))
+    question = refine_question(request, better, worse)
     reply = f"Why: {explain(request, worse)} Edited: {edited}"
-    return [(question, reply, not poor), (RESCORE.format(score=before), after, True)]
+    return [(question, reply, not poor), (RESCORE.format(score_rejected=before), str(after), True)]
 
 
 CURRICULUM = [  # (until this share of the steps, weights): what is built on comes before what builds on it
@@ -307,7 +316,7 @@ def measure_judging(lm: LM, pairs: list[tuple[Request, str, str]], gap=0.3) -> d
 
 def measure_scoring(lm: LM, pairs: list[tuple[Request, str, str]]) -> dict:
     """Mean distance of greedy scores from the oracle's on the scale from 1 to 10; unreadable replies count as 9."""
-    replies = ask(lm, [SCORE.format(prompt=request.text, a=a, b=b) for request, a, b in pairs], max_new_tokens=10)
+    replies = ask(lm, [score_question(request, a, b) for request, a, b in pairs], max_new_tokens=10)
     errors = []
     for (request, *answers), reply in zip(pairs, replies):
         read = re.fullmatch(r"A: (\d+), B: (\d+)", reply)
@@ -320,7 +329,7 @@ def measure_rewriting(lm: LM, rng: random.Random, temperature: float) -> dict:
     """What the oracle says of rewritten answers, the share of right words that survive, words said twice, and the
     distance of the score that the model then gives its own rewriting."""
     draws = [(q, write(q, rng.uniform(0.7, 1), rng), write(q, rng.random(), rng)) for q in TEST_REQUESTS * 3]
-    questions = [REFINE.format(prompt=q.text, better=better, worse=worse) for q, better, worse in draws]
+    questions = [refine_question(q, better, worse) for q, better, worse in draws]
     replies = ask(lm, questions, temperature)
     befores = [judge(q, worse) for q, _, worse in draws]
     afters = [judge(q, reply.partition("Edited:")[2]) for (q, _, _), reply in zip(draws, replies)]
@@ -328,7 +337,7 @@ def measure_rewriting(lm: LM, rng: random.Random, temperature: float) -> dict:
         [
             {"role": "user", "content": question},
             {"role": "assistant", "content": reply},
-            {"role": "user", "content": RESCORE.format(score=score(before.reward))},
+            {"role": "user", "content": RESCORE.format(score_rejected=score(before.reward))},
         ]
         for question, reply, before in zip(questions, replies, befores)
     ]

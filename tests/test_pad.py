@@ -244,12 +244,6 @@ def test_a_judge_that_never_names_an_answer_leaves_a_finite_score():
     assert scores.tolist() == pytest.approx([math.log(1e-8)] * 2)
 
 
-def test_the_playgrounds_teacher_was_trained_on_this_very_question():
-    from playground import templates
-
-    assert JUDGE == templates.JUDGE
-
-
 # ----------------------------------------------------------------------------------- stages and a step of the script
 TINY = {"alpha": 0.6, "max_response_tokens": 12, "num_samples": 6, "micro_batch_size": 3, "num_answers": 3}
 NO_FILTER = {"alpha": 1}  # random teachers favour neither A nor B, so their judgement would keep no prompt

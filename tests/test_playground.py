@@ -11,9 +11,10 @@ import torch
 from conftest import ROOT, read_jsonl
 
 from common import LM
+from pad import JUDGE
 from playground import build, world
-from playground.templates import JUDGE, REFINE, RESCORE, SCORE
 from playground.world import RIGHT, Request, all_requests, edit, explain, judge, read_request, reward, write
+from rm_distiller import RESCORE
 
 PLAYGROUND = ROOT / "playground"
 MODELS = ("student", "teacher_ref", "teacher")
@@ -156,8 +157,8 @@ def texts_of_the_world() -> list[str]:
     for request in TRAIN + TEST:
         a, b = (write(request, rng.random(), rng) for _ in range(2))
         texts += [request.text, a, b, f"Why: {explain(request, a)} Edited: {edit(request, a, rng)}"]
-        texts += [JUDGE.format(prompt=request.text, a=a, b=b), SCORE.format(prompt=request.text, a=a, b=b)]
-        texts += [REFINE.format(prompt=request.text, better=a, worse=b), RESCORE.format(score=rng.randint(1, 10))]
+        texts += [JUDGE.format(prompt=request.text, a=a, b=b), build.score_question(request, a, b)]
+        texts += [build.refine_question(request, a, b), RESCORE.format(score_rejected=rng.randint(1, 10))]
         texts += ["A: {}, B: {}".format(*rng.choices(range(1, 11), k=2)), "A", "B", "None"]
     return texts
 
@@ -265,7 +266,7 @@ def test_the_committed_teacher_judges_scores_and_rewrites_as_measured():
     assert judging["accuracy"] == pytest.approx(measured["judging"]["any"]["accuracy"], abs=0.07)
     assert build.measure_scoring(lm, pairs[:150])["error"] == pytest.approx(measured["scoring"]["error"], abs=0.25)
     draws = [(q, write(q, rng.uniform(0.7, 1), rng), write(q, rng.random(), rng)) for q in TEST]
-    replies = build.ask(lm, [REFINE.format(prompt=q.text, better=better, worse=worse) for q, better, worse in draws])
+    replies = build.ask(lm, [build.refine_question(q, better, worse) for q, better, worse in draws])
     lifts = [
         judge(q, reply.partition("Edited:")[2]).reward - judge(q, worse).reward
         for (q, _, worse), reply in zip(draws, replies)

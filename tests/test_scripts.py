@@ -34,7 +34,7 @@ RUNS = {
     "dckd": ({}, 128, "eval_teacher.jsonl"),
     "dpkd": ({}, 96, "teacher_answers.jsonl"),
     "pad": ({"sample_batch_size": 64}, 192, "samples_1.jsonl"),
-    "rm_distiller": ({"best_of": 2}, 96, "edits.jsonl"),
+    "rm_distiller": ({"best_of": 2}, 96, "refined.jsonl"),
 }
 FILES = {"args.json", "metrics.jsonl", "checkpoint.pt", "model", "summary.json"}
 REWARDS = {"reward_before", "reward_after", "reward_teacher", "win_rate", "win_rate_stderr"}
