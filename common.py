@@ -130,9 +130,9 @@ class LM:
 
     def logits(self, hidden: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """[N, V] in float32 from [N, H], without the head's padding; scaled and capped as the config declares."""
-        with self.autocast():
-            values = self.model.get_output_embeddings()(hidden)[:, :vocab_size].float()
-        values = values * getattr(self.config, "logit_scale", 1.0) / getattr(self.config, "logits_scaling", 1.0)
+        scale = getattr(self.config, "logit_scale", 1.0) / getattr(self.config, "logits_scaling", 1.0)
+        with self.autocast():  # scaled where it is H numbers and not V
+            values = self.model.get_output_embeddings()(hidden * scale)[:, :vocab_size].float()
         cap = getattr(self.config, "final_logit_softcapping", None)
         return cap * torch.tanh(values / cap) if cap else values
 

@@ -1,8 +1,7 @@
 """RM-Distiller: a reward model distilled from a generative teacher (2026, arXiv 2601.14032).
 
-The teacher scores two answers from 1 to 10, edits the worse one, y_l, as little as possible into a better one, y_w*,
-and scores that. What the edit gains is the margin m of the reward r, a linear head on an answer's last hidden state; on
-the teacher's own answer y_T the backbone keeps its language:
+The teacher scores two answers, edits the worse one, y_l, to a better one, y_w*, and scores that. The gain is the margin
+m of the reward r, a linear head on the last hidden state; on its own answer y_T the backbone stays a language model:
 
     L = (r(x, y_w*) − r(x, y_l) − c m)² + (1/|y_T|) Σ_t [κ KL(π_teacher(·|s_t) ‖ π_θ(·|s_t)) − ν log π_θ(y_T,t|s_t)].
 
@@ -190,7 +189,8 @@ def main(args: Args):
     with clearly(f"use --device {args.device}"):
         device = torch.empty(0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
     student = LM(args.student, device, True, args.gradient_checkpointing, args.trust_remote_code)
-    teacher = LM(args.teacher, device, remote_code=args.trust_remote_code)
+    alone = args.annotations and not args.kl_coef  # then there is nothing to ask the teacher
+    teacher = None if alone else LM(args.teacher, device, remote_code=args.trust_remote_code)
     better, generation = "refined" if args.refine else "chosen", args.kl_coef + args.nll_coef > 0
     guide, counts = teacher if args.kl_coef else student, Counter()
     vocab_size = common.shared_vocab(student, guide, "--kl_coef 0 --nll_coef 1 needs no shared vocabulary")

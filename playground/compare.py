@@ -8,6 +8,7 @@ matplotlib: `pip install -r playground/requirements.txt`.
 
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -21,6 +22,8 @@ from pathlib import Path
 
 import tyro
 from tqdm import tqdm
+
+from playground import world
 
 ROOT = Path(__file__).parent.parent
 
@@ -176,6 +179,24 @@ def execute_all(names: list[str], seeds: range, folder: Path, at_once: int):
         raise failed[0]
 
 
+def score_quality(run: Path) -> dict[str, float]:
+    """How a PAD run's teacher scores the answers of the untrained student, inside a prompt: correlation with the
+    oracle, distance between the highest and the lowest score, and the oracle's reward of the answer that has the
+    highest; means over prompts whose answers are not all worth the same."""
+    found = {}
+    for name in ("average_logp", "judgement", "score"):
+        measured = []
+        for row in rows_of(run / "scores_1.jsonl"):
+            worth = world.reward([row["prompt"]] * len(row["answers"]), [answer["text"] for answer in row["answers"]])
+            scores = [math.log(score) for score in row[name]] if name == "judgement" else row[name]  # s_mcq
+            if len(set(worth)) > 1 and len(set(scores)) > 1:
+                best = worth[scores.index(max(scores))]
+                measured.append((statistics.correlation(scores, worth), max(scores) - min(scores), best))
+        for key, numbers in zip(("correlation", "spread", "favourite"), zip(*measured)):
+            found[f"{name}/{key}"] = statistics.mean(numbers)
+    return found
+
+
 def collect(names: list[str], seeds: range, folder: Path) -> dict:
     """What docs/results.json holds of the runs: {name: {command, runs: [{seed, summary, curves}]}}."""
     result = {}
@@ -191,6 +212,8 @@ def collect(names: list[str], seeds: range, folder: Path) -> dict:
             summary = json.loads((run / "summary.json").read_text())
             for kind, (share, *_) in summary.pop("accuracy", {}).items():  # of a reward model
                 summary[f"accuracy_after/{kind}"] = share
+            if name == "pad":
+                summary |= score_quality(run)
             result[name]["runs"].append({"seed": seed, **summary, "curves": {k: v for k, v in curves.items() if v}})
     return result
 
@@ -466,14 +489,25 @@ def report(results: dict, root: Path):
         header = ["method", "claim" if block == "claims" else "the released code", third, "numbers", "difference", "p"]
         claims = [claim for claim in claims if len(measured(results, dict(enumerate(claim[2:4])))) == 2]
         replace_block(docs / "results.md", block, markdown(header, comparisons(results, claims)))
-    columns = [f"accuracy_after/{kind}" for kind in PAIR_KINDS] + ["best_of_n_reward"]
+    columns = ["accuracy_after", *(f"accuracy_after/{kind}" for kind in PAIR_KINDS), "best_of_n_reward"]
     models = measured(results, REWARD_MODELS)
     lines = [[label, *(mean_and_error(values(results, name, k)) for k in columns)] for label, name in models.items()]
     if lines:
-        header = ["", *(f"accuracy, {kind} pairs" for kind in PAIR_KINDS), "reward of best of 8"]
+        header = ["", "accuracy, all pairs", *PAIR_KINDS, "reward of best of 8"]
         replace_block(docs / "rm_distiller.md", "rm", markdown(header, lines))
         draw = draw_intervals(results, models, "accuracy_after")
         figure(docs / "rm_accuracy.svg", draw, "Accuracy on held-out pairs", "share of pairs ordered right", "")
+
+    labels = {"average_logp": "average log-prob (α = 1)", "judgement": "judgement s_mcq (α = 0)"}
+    labels["score"] = "score (α = 0.9)"
+    header = ["teacher's score", "correlation with the oracle", "best minus worst, nats per token"]
+    columns = [("correlation", 3), ("spread", 2), ("favourite", 3)]
+    lines = [
+        [label, *(mean_and_error(values(results, "pad", f"{name}/{key}"), digits) for key, digits in columns)]
+        for name, label in labels.items()
+    ]
+    table = markdown([*header, "oracle reward of its favourite"], lines)
+    replace_block(docs / "pad.md", "pad_correlations", table)
 
     reward, rows = "oracle reward of sampled answers", measured(results, METHODS)
     figure(docs / "rewards.svg", draw_intervals(results, rows), "Reward after distillation, five seeds", reward, "")
