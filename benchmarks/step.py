@@ -164,17 +164,17 @@ def padded_pad(script, args, examples, student, n, distance, **_):
     return distance(args.beta * ours, args.beta * theirs).mean()
 
 
-def padded_rm_distiller(script, args, examples, student, guides, **_):
+def padded_rm_distiller(script, args, examples, student, teacher, **_):
     """Pairs as rows through the backbone and the reward head, answers y_T as rows through the language model."""
     pairs = Padded([Example(row, prompt, responses[:2]) for row, prompt, responses in examples], student.device)
     with student.autocast():
         hidden = student.model.base_model(pairs.ids, attention_mask=pairs.attention_mask).last_hidden_state
     better, worse = student.model.score(hidden[range(len(hidden)), pairs.last].float()).view(-1, 2).unbind(1)
-    margins = torch.tensor([row["score_chosen"] - row["score_rejected"] for row, *_ in examples]).to(better)
+    margins = torch.tensor([row["margin"] for row, *_ in examples]).to(better)
     loss = script.pair_loss(better, worse, args.margin_scale * margins if args.margin else None).mean()
-    if guides:
+    if args.kl_coef:
         answers = Padded([Example(row, prompt, responses[2:]) for row, prompt, responses in examples], student.device)
-        theirs, ours = map(answers.log_probs, (guides[0], student))
+        theirs, ours = map(answers.log_probs, (teacher, student))
         loss = loss + args.kl_coef * answers.means(script.forward_kl(theirs, ours)).mean()
     return loss
 
@@ -272,12 +272,12 @@ def measure(case: Case, args: Args, folder: Path, device: torch.device, profiled
     flags = script.Args(logits_chunk=case.chunk, micro_batch_size=case.examples, **dict(case.flags))
     examples = draw_examples(case, vocab_size)
     names = {"student": student, "teacher": frozen[0] if frozen else None, "frozen": frozen, "vocab_size": vocab_size}
-    names |= {"args": flags, "shaping": {}, "corpus": [], "n": case.n, "better": "chosen"}
+    names |= {"args": flags, "shaping": {}, "corpus": [], "n": case.n}
     names["distance"] = getattr(script, getattr(flags, "loss", ""), None)
-    names["guides"] = frozen if getattr(flags, "kl_coef", 0) else []
     if case.script == "rm_distiller":
         torch.manual_seed(0)
-        script.add_head(student, flags.head_dim)
+        student.model.score = torch.nn.Linear(student.config.hidden_size, 1, bias=False, device=device)
+        names |= {"generation": flags.kl_coef > 0, "guide": frozen[0]}
 
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=0.0, weight_decay=0.0)
     for weight in student.model.parameters():
@@ -344,7 +344,7 @@ def draw_examples(case: Case, vocab_size: int) -> list[Example]:
         return torch.randint(3, vocab_size, (length,), generator=generator).tolist()
 
     number = range(case.examples)
-    row = {"score_chosen": 8.0, "score_rejected": 3.0, "score": torch.randn(case.n, generator=generator).tolist()}
+    row = {"margin": 5.0, "score": torch.randn(case.n, generator=generator).tolist()}
     return [Example({"id": i, **row}, draw(case.prompt), [draw(case.answer) for _ in range(case.n)]) for i in number]
 
 
@@ -374,7 +374,7 @@ def cases(args: Args) -> list[Case]:
         Case("methods", "pad", **size),
         Case("methods", "pad", 4, **size),
         Case("methods", "rm_distiller", 3, **size),
-        Case("methods", "rm_distiller", 3, ways=four, flags=plain, note="Bradley-Terry", **size),
+        Case("methods", "rm_distiller", 2, ways=four, flags=plain, note="Bradley-Terry", **size),
         Case("bf16", "dpkd", ways=four, bf16=True, **size),
     ]
     of = {"vocab": "128k", "prompt": 64, "answer": 148, "chunk": 256}

@@ -155,25 +155,35 @@ def execute(name: str, seed: int, folder: Path):
 
 
 def execute_all(names: list[str], seeds: range, folder: Path, at_once: int):
-    """Runs of all names and seeds, each after those that it needs, `at_once` at a time."""
+    """Runs of all names and seeds, `at_once` at a time: always the first whose needs are there, so nobody waits for a
+    run that could as well be made later."""
     folder.mkdir(parents=True, exist_ok=True)
-    finished = {(name, seed): threading.Event() for name in names for seed in seeds}
-    progress, failed = tqdm(total=len(finished), desc="runs", smoothing=0.05), []
+    waiting, finished, failed = [(name, seed) for seed in seeds for name in names], set(), []
+    progress, changed = tqdm(total=len(waiting), desc="runs", smoothing=0.05), threading.Condition()
 
-    def one(name, seed):
-        for needed in needs(RUNS[name]):
-            finished[needed, seed].wait()
-        try:
-            if not failed:
-                execute(name, seed, folder)
-        except BaseException as error:
-            failed.append(error)
-        finished[name, seed].set()
-        progress.update()
+    def next_run() -> tuple[str, int] | None:
+        with changed:
+            while waiting and not failed:
+                for run in waiting:
+                    if all((needed, run[1]) in finished for needed in needs(RUNS[run[0]])):
+                        waiting.remove(run)
+                        return run
+                changed.wait()
 
-    # `names` is in the order of RUNS, where a run stands after those that it needs, so no worker waits for ever
+    def work():
+        while run := next_run():
+            try:
+                execute(*run, folder)
+            except BaseException as error:
+                failed.append(error)
+            with changed:
+                finished.add(run)
+                changed.notify_all()
+            progress.update()
+
     with ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(lambda job: one(*job), [(name, seed) for seed in seeds for name in names]))
+        for worker in [pool.submit(work) for _ in range(at_once)]:
+            worker.result()
     progress.close()
     if failed:
         raise failed[0]
