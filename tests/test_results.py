@@ -128,7 +128,8 @@ def test_runs_are_made_after_what_they_need_and_nobody_waits_without_reason(at_o
     else:
         assert began.index(("d", 1)) < ended.index(("a", 1)) + 2 and ended.index(("e", 1)) < ended.index(("c", 1))
     for seed in (1, 2):
-        assert ended.index(("a", seed)) < ended.index(("c", seed)) and ended.index(("d", seed)) < ended.index(("e", seed))
+        for first, second in (("a", "c"), ("d", "e")):
+            assert ended.index((first, seed)) < ended.index((second, seed))
 
 
 def test_a_run_that_fails_ends_all_of_them(tmp_path, monkeypatch):

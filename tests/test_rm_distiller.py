@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 
 import pytest
@@ -339,6 +340,17 @@ def test_r44_the_saved_model_is_a_plain_classifier_with_equal_scores(case, check
         assert judge(prompts, answers) == pytest.approx(expected, abs=1e-5)
     language = AutoModelForCausalLM.from_pretrained(run / "model")  # which the backbone has kept
     assert language.generate(torch.tensor([texts[0]]), max_new_tokens=2).shape[1] > len(texts[0])
+
+
+def test_the_pages_lines_for_loading_it_give_the_same_score(checkpoints, pairs, tmp_path):
+    run = trained(checkpoints, pairs, tmp_path)
+    page = (ROOT / "docs" / "rm_distiller.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", page, re.S)
+    scope = {}
+    exec(code.replace("runs/rm/model", str(run / "model")), scope)
+    prompt, answer = (turn["content"] for turn in scope["chat"])
+    [expected] = load_reward(str(run / "model"), CPU)([[ask(prompt)]], [answer])
+    assert scope["reward"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_r44_the_head_is_seeded(checkpoints, pairs, tmp_path):
