@@ -217,7 +217,7 @@ def main(args: Args):
             batch = pack(micro := held_out[start : start + args.micro_batch_size], student)
             rewards = student.model.score(student.hidden_states(batch)[batch.last].float())[:, 0].cpu()  # [R]
             for (row, *_), r in zip(micro, rewards.split([len(example.responses) for example in micro])):
-                for name in {row["pool"], str(row.get("subset") or row.get("source") or row["pool"])}:
+                for name in dict.fromkeys((row["pool"], str(row.get("subset") or row.get("source") or row["pool"]))):
                     worth[name].append(torch.tensor(row["worth"])[r == r.max()].mean().item())
         return {k: [statistics.mean(v), statistics.pstdev(v) / len(v) ** 0.5, len(v)] for k, v in worth.items()}
 
@@ -388,7 +388,7 @@ def main(args: Args):
     }
     (run / "summary.json").write_text(json.dumps(summary, indent=1))
     for name, (share, error, count) in after.items():
-        print(f"{name:<24}{count:>6} rows   {before[name][0]:.3f} → {share:.3f} ± {error:.3f}")
+        print(f"{name:<32}{count:>6} rows   {before[name][0]:.3f} → {share:.3f} ± {error:.3f}")
     print("\n" + ", ".join(f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float)))
     print(f"everything is in {run}, the model in {run / 'model'}")
 

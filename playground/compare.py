@@ -82,6 +82,7 @@ RUNS |= {
     "pad_half": "pad.py --alpha 0.5",
     "pad_beta_10": "pad.py --beta 10",
     "pad_2_answers": "pad.py --num_answers 2",
+    "pad_3_answers": "pad.py --num_answers 3",
     "pad_2_rounds": "pad.py --rounds 2",
     "pad_swapped": "pad.py --swap_order",
     "pad_dpo": "-m playground.baselines --loss dpo --data {best_and_worst:pad}",
@@ -267,7 +268,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def reward_table(results: dict, rows: dict[str, str]) -> str:
-    """Rows {label: run}: reward, win rate against the untrained student, seconds of the whole run."""
+    """Rows {label: run}: reward, win rate against the untrained student, seconds of the whole run (median)."""
     lines = []
     for label, name in rows.items():
         line = [label, mean_and_error(values(results, name))]
@@ -275,7 +276,7 @@ def reward_table(results: dict, rows: dict[str, str]) -> str:
             line += ["", ""]
         else:
             line += [mean_and_error(values(results, name, "win_rate"), 2)]
-            line += [f"{statistics.mean(values(results, name, 'seconds')):.0f}"]
+            line += [f"{statistics.median(values(results, name, 'seconds')):.0f}"]
         lines.append(line)
     return markdown(["", "oracle reward", "win rate", "seconds"], lines)
 
@@ -331,6 +332,22 @@ def draw_intervals(results: dict, rows: dict[str, str], key: str = "reward_after
     return draw
 
 
+def draw_kinds(results: dict, rows: dict[str, str], keys: list[str]):
+    """A dot and ± one standard error for each labelled run and each of several values of it, side by side."""
+
+    def draw(axes):
+        for color, key in enumerate(keys):
+            for height, name in enumerate(reversed(rows.values())):
+                numbers, at = values(results, name, key), height + 0.2 * (1 - color)
+                error = statistics.stdev(numbers) / len(numbers) ** 0.5
+                label = key.rpartition("/")[2] if height == 0 else None
+                axes.errorbar(statistics.mean(numbers), at, xerr=error, fmt="o", color=f"C{color}", label=label)
+        axes.set_yticks(range(len(rows)), list(reversed(rows)))
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+    return draw
+
+
 def draw_curves(results: dict, rows: dict[str, str], key: str, x: int = 1, scale: float = 1.0):
     """Mean over seeds of a logged metric against steps (x = 0) or training tokens (x = 1), with its standard error."""
 
@@ -358,7 +375,7 @@ def draw_sweep(results: dict, points: dict[float, str], key: str = "reward_after
         axes.errorbar(list(points), means, yerr=errors, fmt="o-", capsize=3)
         if log:
             axes.set_xscale("log")
-            axes.set_xticks(list(points), [f"{point:g}" for point in points])
+        axes.set_xticks(list(points), [f"{point:g}" for point in points])
 
     return draw
 
@@ -462,6 +479,7 @@ TABLES = {  # (page, block): rows {label: run}
         "`--alpha 0` (judgement alone)": "pad_judgement",
         "`--beta 10`": "pad_beta_10",
         "`--num_answers 2`": "pad_2_answers",
+        "`--num_answers 3`": "pad_3_answers",
         "`--rounds 2`": "pad_2_rounds",
         "`--swap_order`": "pad_swapped",
         "DPO on best against worst": "pad_dpo",
@@ -505,7 +523,7 @@ def report(results: dict, root: Path):
     if lines:
         header = ["", "accuracy, all pairs", *PAIR_KINDS, "reward of best of 8"]
         replace_block(docs / "rm_distiller.md", "rm", markdown(header, lines))
-        draw = draw_intervals(results, models, "accuracy_after")
+        draw = draw_kinds(results, models, [f"accuracy_after/{kind}" for kind in PAIR_KINDS])
         figure(docs / "rm_accuracy.svg", draw, "Accuracy on held-out pairs", "share of pairs ordered right", "")
 
     labels = {"average_logp": "average log-prob (α = 1)", "judgement": "judgement s_mcq (α = 0)"}
@@ -531,8 +549,8 @@ def report(results: dict, root: Path):
         label = "log q per token, untrained student's answers"
         draw = draw_curves(results, rows, "eval/logp_student_answers", x=0)
         figure(docs / "dpkd_frozen.svg", draw, "DPKD pushes y_s down without end if they are old", "step", label)
-    if "pad_2_answers" in results:
-        draw = draw_sweep(results, {2: "pad_2_answers", 4: "pad"}, log=False)
+    if {"pad_2_answers", "pad_3_answers"} <= results.keys():
+        draw = draw_sweep(results, {2: "pad_2_answers", 3: "pad_3_answers", 4: "pad"}, log=False)
         figure(docs / "pad_n.svg", draw, "PAD over the number of answers", "answers of a prompt", reward)
 
 
