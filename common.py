@@ -304,7 +304,7 @@ def load_reward(spec: str, device: torch.device, trust_remote_code=False, batch_
         scores = list(function(prompts, answers)) if function else []
         pairs = [] if function else [Example({}, *lm.encode(p, [a])) for p, a in zip(prompts, answers)]
         for batch in (pack(pairs[start : start + batch_size], lm) for start in range(0, len(pairs), batch_size)):
-            scores += lm.model.score(lm.hidden_states(batch)[batch.last])[:, 0].tolist()
+            scores += lm.model.score.float()(lm.hidden_states(batch)[batch.last].float())[:, 0].tolist()
         if len(scores) != len(answers) or not all(math.isfinite(score) for score in scores):
             stop(f"--reward {spec} must return {len(answers)} finite numbers; it returned {str(scores)[:100]}")
         return [float(score) for score in scores]

@@ -30,7 +30,7 @@ from typing import Literal
 import torch
 import tyro
 from tqdm import tqdm
-from transformers import get_cosine_schedule_with_warmup
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, get_cosine_schedule_with_warmup
 
 import common
 from common import LM, Example, clearly, load_checkpoint, make_examples, pack, read_rows, save_checkpoint, stage, stop
@@ -102,7 +102,7 @@ class Args:
     save_every: int = 50
     """optimiser steps between checkpoints"""
     eval_prompts: int = 256
-    """held-out prompts per evaluation, one answer each"""
+    """held-out prompts for --best_of"""
     eval_temperature: float = 1.0
     """temperature of the evaluation's answers; 0 is greedy"""
     sample_batch_size: int = 256
@@ -135,8 +135,7 @@ class Args:
 def pair_loss(better: torch.Tensor, worse: torch.Tensor, margins: torch.Tensor | None = None) -> torch.Tensor:
     """[B]: (r(x, y_w) − r(x, y_l) − m)², or without margins Bradley-Terry, −log σ(r(x, y_w) − r(x, y_l)); all [B]."""
     assert better.shape == worse.shape == (better if margins is None else margins).shape == (len(better),)  # no table
-    differences = better - worse
-    return -torch.nn.functional.logsigmoid(differences) if margins is None else (differences - margins).square()
+    return -torch.nn.functional.logsigmoid(better - worse) if margins is None else (better - worse - margins).square()
 
 
 def forward_kl(teacher_log_probs: torch.Tensor, student_log_probs: torch.Tensor) -> torch.Tensor:
@@ -147,7 +146,7 @@ def forward_kl(teacher_log_probs: torch.Tensor, student_log_probs: torch.Tensor)
 
 # ---------------------------------------------------------------------------------- what a teacher's reply is read as
 A, B, IT = r"A|a(?=\s*[:=])", r"B|b(?=\s*[:=])", r"(?i:scored?|rating)"  # what is scored, as a reply names it
-NUMBER = r"(?<![A-Za-z\d.,/-])(\d+(?:[.,]\d+)?)(?![.,]?\d|[A-Za-z]|\s*%|\s*[-–/]\s*\d|\s*out of)"
+NUMBER = r"(?<![A-Za-z\d.,/-])(\d+(?:[.,]\d+)?)(?![.,]?\d|[A-Za-z]|\s*%|\s*[-–/]\s*\d|\s+(?!and\b|points?\b)[a-z])"
 FILLER = r"(?:[^\w.!?;]|\b(?:answer|is|gets?|scored?|scores|rated|rating|deserves|as|at|of|it|a)\b|得分|评分)*?"
 
 
@@ -164,7 +163,7 @@ def read_score(reply: dict, *names: str) -> float:
 
 def read_edit(reply: dict) -> str:
     """What follows "Edited:" in a finished reply, without quotation marks around it; "" where nothing does."""
-    found = re.search(r"(?is)\bedited\b[\w ]{0,20}[*_]*:[*_]*\s*(?:[\"“](.*)[\"”]|(.*\S))\s*$", reply["text"])
+    found = re.search(r"(?s)\bE(?i:dited)\b[\w ]{0,20}[*_]*:[*_]*\s*(?:[\"“]([^\"“”]*)[\"”]|(.*\S))\s*$", reply["text"])
     return (found[1] or found[2] or "").strip() if found and reply["finished"] else ""
 
 
@@ -192,15 +191,17 @@ def main(args: Args):
     alone = args.annotations and not args.kl_coef  # then there is nothing to ask the teacher
     teacher = None if alone else LM(args.teacher, device, remote_code=args.trust_remote_code)
     better, generation = "refined" if args.refine else "chosen", args.kl_coef + args.nll_coef > 0
-    guide, counts = teacher if args.kl_coef else student, Counter()
-    vocab_size = common.shared_vocab(student, guide, "--kl_coef 0 --nll_coef 1 needs no shared vocabulary")
+    vocab_size = common.shared_vocab(student, teacher if args.kl_coef else student, "take --kl_coef 0 --nll_coef 1")
     judge = common.load_reward(args.reward, device, args.trust_remote_code)
     torch.manual_seed(args.seed)
+    type(student.model.config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or stop(f"{args.student} has no classifier")
     student.model.score = torch.nn.Linear(student.config.hidden_size, 1, bias=False, device=device)
-    limits, pair = (args.max_prompt_tokens, args.max_response_tokens), ("chosen", "rejected")
+    limits, pair, counts = (args.max_prompt_tokens, args.max_response_tokens), ("chosen", "rejected"), Counter()
     rows = read_rows(args.annotations or args.data, args.data_split, (better, "rejected") if args.annotations else pair)
     held_out = [row | {"worth": (1.0, 0.0), "pool": "all"} for row in read_rows(args.eval_data, args.eval_split)]
     held_out = make_examples(student, held_out, pair, *limits)
+    if args.overwrite and run.resolve() in Path(args.annotations).resolve().parents:
+        stop(f"--overwrite would remove --annotations {args.annotations}; choose another --output_dir")
     if args.overwrite:  # only now: a run that cannot start replaces nothing
         shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True, exist_ok=True)
@@ -237,25 +238,24 @@ def main(args: Args):
 
     # ------------------------------------------------------------------------- stages 1 to 4: the teacher annotates
     def annotate(rows: list[dict], column: str, templates: list[str], read, form="") -> list[dict]:
-        """Rows with a new column: what `read` finds in the teacher's reply to the templates, filled in with the row's
-        columns, as turns of user, assistant, user; rows where it finds nothing are counted and dropped. Of a score, if
-        expected: Σ_s s p(s), p being the probabilities of the replies form.format(s), s = 1 … 10, normalised."""
+        """Rows with a new column: what `read` finds in the teacher's reply to templates as turns of user, assistant,
+        user; or the expected score, Σ_s s p(s), p over the replies form.format(s), s = 1 to 10. Others are dropped."""
         expected, turns = form and args.score == "expected", list(zip(("user", "assistant", "user"), templates))
         ten = [{"text": form.format(s), "finished": form == "{}"} for s in range(1, 11)]  # "10," is no "1,"
 
+        @clearly(f"make {column}.jsonl from the columns of the stages before it")
         def make(some: list[dict], number: int) -> list[dict]:
             chats = [[{"role": r, "content": t.format(**row)} for r, t in turns] or row["prompt"] for row in some]
             if expected:
                 batch = pack([Example({}, *teacher.encode(chat, ten)) for chat in chats], teacher)
                 logits = teacher.logits(teacher.hidden_states(batch)[batch.source], teacher.vocab_size)
                 logps = common.target_logps(batch.target_ids, logits.log_softmax(-1))
-                sums = common.response_means(logps, batch.response_of, batch.lengths) * batch.lengths  # [10·B]
-                p = sums.view(-1, 10).softmax(-1)  # [B, 10]
+                p = logps.new_zeros(len(batch.lengths)).index_add(0, batch.response_of, logps).view(-1, 10).softmax(-1)
                 return [{column: score} for score in (p @ torch.arange(1.0, 11.0).to(p)).tolist()]
             heat, prompts = 0.0 if form else args.sample_temperature, [teacher.encode(chat)[0] for chat in chats]
             several = teacher.sample(prompts, temperature=heat, seed=args.seed + number, **how)
             replies = [said | {"text": re.sub(r"(?s)^.*</think>\s*|<think>.*", "", said["text"])} for [said] in several]
-            return [{column: read(said), f"{column}_reply": said["text"]} for said in replies]
+            return [{column: read(said), "reply" if form else f"{column}_reply": said["text"]} for said in replies]
 
         made = stage(run / f"{column}.jsonl", rows, make, args.micro_batch_size if expected else args.sample_batch_size)
         return keep("unreadable", [row | new for row, new in zip(rows, made)], lambda row: row[column])
@@ -265,9 +265,9 @@ def main(args: Args):
         return [row for row in rows if good(row)]
 
     if not args.annotations:
-        rows = [row for row, *_ in make_examples(student, rows, pair, *limits)]
+        rows = [example.row for example in make_examples(student, rows, pair, *limits)]
         rows = [row | {"asked": "\n".join(turn["content"] for turn in row["prompt"])} for row in rows]
-        rows = annotate(rows, "teacher", [], dict)
+        rows = annotate(rows, "teacher", [], dict) if args.refine or generation else rows
         for x, y in (pair, pair[::-1]):  # each is scored as answer A: the first place favours neither
             rows = annotate(rows, f"score_{x}", [SCORE % (x, y)], lambda said: read_score(said, A, B), "A: {},")
         rows = keep("tie", rows, lambda row: row["score_chosen"] != row["score_rejected"])
@@ -279,13 +279,13 @@ def main(args: Args):
             rows = keep("equal", rows, lambda row: row["refined"] != row["rejected"])
             turns = [REFINE, "{refined_reply}", RESCORE]  # the score follows the whole diagnosis and edit
             rows = annotate(rows, "score_refined", turns, lambda said: read_score(said, IT), "{}")
-        (run / "annotations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (run / "annotations.jsonl").write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
     with clearly("learn from annotations that lack a column (docs/rm_distiller.md has them)"):
         rows = [{**row, "margin": row[f"score_{better}"] - row["score_rejected"]} for row in rows]
         rows = keep("below the margin", rows, lambda row: row["margin"] > (1.0 if args.refine else 0.0))  # 1: paper
+        for what, count in {"rows in": len(rows) + counts.total(), **counts, "kept": len(rows)}.items():
+            print(f"{count:>8}  {what}")
         examples = make_examples(student, rows, [better, "rejected", *["teacher"] * generation], *limits)
-    for what, count in {"rows in": len(rows) + counts.total(), **counts, "kept": len(rows)}.items():
-        print(f"{count:>8}  {what}")
     for row in rows[:3]:
         print(*(w.replace(" ", "") for w in difflib.ndiff(row["rejected"].split(), row[better].split()) if w[0] != "?"))
 
@@ -309,7 +309,7 @@ def main(args: Args):
         tracker = SummaryWriter(str(run))
 
     # ----------------------------------------------------------------------------------------------------- training
-    seconds, tokens = 0.0, 0
+    seconds, tokens, guide = 0.0, 0, teacher if args.kl_coef else student
     for step in tqdm(range(first_step, total_steps), initial=first_step, total=total_steps, desc="training"):
         tick, losses = time.time(), Counter()
         epoch, place = divmod(step, steps_per_epoch)

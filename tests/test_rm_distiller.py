@@ -1,5 +1,6 @@
 """RM-Distiller against slow loops in float64, against plain forward passes, and against odd replies of teachers."""
 
+import datetime
 import json
 import math
 import re
@@ -8,7 +9,13 @@ import statistics
 import pytest
 import torch
 from conftest import ROOT, make_model, make_tokenizer, read_jsonl, run_script, save
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 
 from common import LM, load_reward, read_rows
 from playground import released, rm_pairs
@@ -111,6 +118,8 @@ PAIRS = {  # reply: (score of A, score of B), 0 where nothing certain was said
     "Answer A is a 9 and answer B is a 4.": (9, 4),
     "A: 8 (clear and right), B: 6 (one fault)": (8, 6),
     "A: 8, because it names 2 fish. B: 6": (8, 6),
+    "A: 8 points, B: 6 points": (8, 6),
+    "A: 3 facts are right, score 8; B: 2 facts are right, score 6": (0, 0),
     "A: 8, B: 6\n\nA: 8, B: 6": (8, 6),
     "": (0, 0),
     "   \n": (0, 0),
@@ -170,6 +179,8 @@ EDITS = {
     "EDITED: cod.": "cod.",
     'Edited: A "cod" is a fish': 'A "cod" is a fish',
     "Why: nothing is wrong.": "",
+    "Why: The text was poorly edited: it has faults. Edited: Good text.": "Good text.",
+    'Edited: "Hello," she said. "Goodbye."': '"Hello," she said. "Goodbye."',
     "Edited:": "",
     "Edited:   \n": "",
     "": "",
@@ -494,10 +505,11 @@ def test_scores_from_text_are_numbers_the_teacher_wrote(tmp_path, capsys):
     assert run_script("rm_distiller", **flags, output_dir=tmp_path / "run") == 0
     rows = read_jsonl(tmp_path / "run" / "annotations.jsonl")
     assert len(rows) > 6
-    for row in rows:
-        for column, names in (("score_refined", (IT,)), ("score_chosen", (A, B)), ("score_rejected", (A, B))):
-            assert row[column] in range(1, 11)
-            assert column != "score_refined" or row[column] == read_score(said(row[f"{column}_reply"]), *names)
+    columns = ("score_chosen", "score_rejected", "score_refined")
+    assert all(row[name] in range(1, 11) for row in rows for name in columns)
+    for column, names in (("score_refined", (IT,)), ("score_chosen", (A, B)), ("score_rejected", (A, B))):
+        for row in read_jsonl(tmp_path / "run" / f"{column}.jsonl"):
+            assert row[column] == read_score(said(row["reply"]), *names)
     counts = table_of(capsys.readouterr().out)
     assert counts["tie"] >= 1 and counts.pop("rows in") == 24  # whole numbers tie; expected ones do not
     assert sum(counts.values()) == 24
@@ -571,6 +583,60 @@ def test_annotations_without_a_column_are_one_line(column, checkpoints, pairs, r
     if column == "teacher":  # which is needed for the generation terms only, and so is the teacher itself
         flags |= {"teacher": "/no/teacher", "overwrite": True}
         assert run_script("rm_distiller", **{**models, **flags}, kl_coef=0, output_dir=tmp_path / "run") == 0
+
+
+def test_nothing_is_trained_that_could_not_be_loaded(checkpoints, pairs, tmp_path, capsys):
+    """An architecture without a sequence classifier in transformers ends before the teacher is asked anything."""
+    shape = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = GraniteConfig(**shape, num_attention_heads=4, num_key_value_heads=2, eos_token_id=5, pad_token_id=0)
+    student = save(tmp_path / "granite", make_tokenizer(), GraniteForCausalLM(config))
+    flags = {"teacher": checkpoints["teacher"], "annotations": annotations(tmp_path, pairs), "eval_data": pairs}
+    flags |= {"reward": "conftest:vowels", **SHORT, "student": student, "output_dir": tmp_path / "run"}
+    assert run_script("rm_distiller", **flags) == 2
+    assert "granite has no classifier" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_overwrite_does_not_remove_the_annotations_that_it_reads(checkpoints, pairs, tmp_path, capsys):
+    run = trained(checkpoints, pairs, tmp_path)
+    kept = (run / "annotations.jsonl").write_text(open(annotations(tmp_path, pairs)).read())
+    models = {role: checkpoints[role] for role in ("student", "teacher")}
+    flags = {"annotations": run / "annotations.jsonl", "eval_data": pairs, "reward": "conftest:vowels", **SHORT}
+    assert run_script("rm_distiller", **models, **flags, output_dir=run, overwrite=True) == 2
+    assert "--annotations" in capsys.readouterr().err and len((run / "annotations.jsonl").read_text()) == kept
+
+
+def test_columns_of_the_data_that_json_does_not_know_do_no_harm(tmp_path):
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    rows = [json.loads(line) | {"written": datetime.datetime(2026, 1, 2)} for line in open(few(tmp_path, 12))]
+    write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    flags = {"data": tmp_path / "train.parquet", **SHORT}
+    assert run_script("rm_distiller", **flags, output_dir=tmp_path / "run") == 0
+    assert "2026-01-02" in read_jsonl(tmp_path / "run" / "annotations.jsonl")[0]["written"]
+
+
+def test_when_nothing_can_be_read_the_table_says_why(pairs, feed, capsys):
+    rows = [{"id": row["id"], "prompt": row["prompt"]} for row in read_rows(str(pairs), "train")]
+    files = {"teacher": [row | {"teacher": said("x")} for row in rows]}
+    files["score_chosen"] = [row | {"score_chosen": 0} for row in rows]
+    _, code = feed(files)
+    captured = capsys.readouterr()
+    assert code == 2 and "no row left" in captured.err and table_of(captured.out)["unreadable"] == 8
+
+
+@pytest.mark.parametrize("teacher", ["text", None])
+def test_a_stage_without_what_later_ones_need_is_one_line(teacher, pairs, feed, capsys):
+    rows = [{"id": row["id"], "prompt": row["prompt"]} for row in read_rows(str(pairs), "train")]
+    files = {"teacher": [row | {"teacher": teacher or said("x")} for row in rows]}
+    files |= {
+        f"score_{name}": [row | {f"score_{name}": s} for row in rows] for name, s in (("chosen", 7), ("rejected", 3))
+    }
+    if not teacher:
+        files["refined"] = [row | {"refined": "x y"} for row in rows]
+    _, code = feed(files)
+    err = capsys.readouterr().err
+    assert code == 2 and ("refined.jsonl" if teacher else "score_refined.jsonl") in err and "Traceback" not in err
 
 
 def test_a_teacher_with_another_tokenizer_needs_the_kl_to_be_off(checkpoints, pairs, tmp_path, capsys):

@@ -591,6 +591,8 @@ DIFFERENT = {
         '-    """held-out rows, of which only the prompts are used"""',
         '+    eval_data: str = "playground/data/rm_test.jsonl"',
         '+    """held-out pairs; a column `subset` or `source` gives each of its values a line of its own"""',
+        '-    """held-out prompts per evaluation, one answer each"""',
+        '+    """held-out prompts for --best_of"""',
     ],
     ("rm_distiller", "log, evaluate, checkpoint"): [
         '-            row["eval/reward"] = mean_reward(evaluate(student))',
