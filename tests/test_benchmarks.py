@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-from benchmarks import ideas, sampling, step
+from benchmarks import ideas, sampling, shared, step, whole
 
 TRL = {"TRL", "TRL lean"} if importlib.util.find_spec("trl") else set()
 
@@ -55,3 +57,14 @@ def test_ideas(output):
     ideas.main(ideas.Args(quick=True, output=str(output)))
     result = json.loads(output.read_text())["ideas"]
     assert all(idea["difference"] < 2e-2 and len(idea["with"]["seconds"]) == 2 for idea in result["ideas"].values())
+
+
+def test_the_page_shows_what_was_measured():
+    results = json.loads((ROOT / "benchmarks" / "results.json").read_text())
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    others = {"sampling": sampling, "whole": whole, "ideas": ideas}
+    made = step.tables(results["step"]) | {name: module.table(results[name]) for name, module in others.items()}
+    assert set(re.findall(r"<!-- results:(\w+) -->", page)) == made.keys()
+    assert shared.fill(page, made) == page
+    for script, stages in results["whole"]["scripts"].items():
+        assert max(stages["all"]) < whole.LIMITS[script]
