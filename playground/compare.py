@@ -238,9 +238,9 @@ def values(results: dict, name: str, key: str = "reward_after") -> list[float]:
 
 
 def mean_and_error(numbers: list[float], digits: int = 3) -> str:
-    """Mean ± standard error over seeds."""
-    error = statistics.stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else float("nan")
-    return f"{statistics.mean(numbers):.{digits}f} ± {error:.{digits}f}"
+    """Mean ± standard error over seeds; of a single seed the number alone."""
+    error = f" ± {statistics.stdev(numbers) / len(numbers) ** 0.5:.{digits}f}" if len(numbers) > 1 else ""
+    return f"{statistics.mean(numbers):.{digits}f}{error}"
 
 
 def sign_flip_test(differences: list[float]) -> float:

@@ -70,6 +70,7 @@ def test_the_sign_flip_test_counts_all_patterns():
 
 def test_means_have_standard_errors():
     assert compare.mean_and_error([1.0, 2.0, 3.0]) == f"2.000 ± {statistics.stdev([1, 2, 3]) / 3**0.5:.3f}"
+    assert compare.mean_and_error([0.25], 2) == "0.25"
 
 
 def test_a_run_waits_for_what_it_needs_and_everything_is_known():
