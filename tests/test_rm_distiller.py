@@ -5,6 +5,7 @@ import json
 import math
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -276,7 +277,7 @@ def test_r04_r44_a_step_equals_a_slow_loop_over_plain_forward_passes(name, check
 def test_of_every_pair_only_its_own_margin_counts(checkpoints, pairs, run_tiny, tmp_path):
     """Changing one margin changes the loss by what that pair's term changes: nothing is spread over the batch."""
     path = annotations(tmp_path, pairs)
-    rows = [json.loads(line) for line in open(path)]
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     losses = []
     for more in (0.0, 1.0):
         changed = [row | {"score_refined": row["score_refined"] + more * (i == 3)} for i, row in enumerate(rows)]
@@ -573,8 +574,11 @@ def test_a_stage_of_other_data_is_refused(pairs, feed, capsys):
 @pytest.mark.parametrize("column", ["score_refined", "score_rejected", "teacher", "refined"])
 def test_annotations_without_a_column_are_one_line(column, checkpoints, pairs, run_tiny, tmp_path, capsys):
     path = annotations(tmp_path, pairs)
-    rows = [{key: value for key, value in json.loads(line).items() if key != column} for line in open(path)]
-    open(path, "w").write("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [
+        {key: value for key, value in json.loads(line).items() if key != column}
+        for line in Path(path).read_text().splitlines()
+    ]
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     models = {role: checkpoints[role] for role in ("student", "teacher")}
     flags = {"annotations": path, "eval_data": pairs, "reward": "conftest:vowels", **SHORT}
     assert run_script("rm_distiller", **models, **flags, output_dir=tmp_path / "run") == 2
@@ -598,7 +602,7 @@ def test_nothing_is_trained_that_could_not_be_loaded(checkpoints, pairs, tmp_pat
 
 def test_overwrite_does_not_remove_the_annotations_that_it_reads(checkpoints, pairs, tmp_path, capsys):
     run = trained(checkpoints, pairs, tmp_path)
-    kept = (run / "annotations.jsonl").write_text(open(annotations(tmp_path, pairs)).read())
+    kept = (run / "annotations.jsonl").write_text(Path(annotations(tmp_path, pairs)).read_text())
     models = {role: checkpoints[role] for role in ("student", "teacher")}
     flags = {"annotations": run / "annotations.jsonl", "eval_data": pairs, "reward": "conftest:vowels", **SHORT}
     assert run_script("rm_distiller", **models, **flags, output_dir=run, overwrite=True) == 2
@@ -609,7 +613,10 @@ def test_columns_of_the_data_that_json_does_not_know_do_no_harm(tmp_path):
     import pyarrow
     from pyarrow.parquet import write_table
 
-    rows = [json.loads(line) | {"written": datetime.datetime(2026, 1, 2)} for line in open(few(tmp_path, 12))]
+    rows = [
+        json.loads(line) | {"written": datetime.datetime(2026, 1, 2)}
+        for line in few(tmp_path, 12).read_text().splitlines()
+    ]
     write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
     flags = {"data": tmp_path / "train.parquet", **SHORT}
     assert run_script("rm_distiller", **flags, output_dir=tmp_path / "run") == 0
