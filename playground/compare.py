@@ -46,6 +46,10 @@ class Args:
 
 LIKE_DPKD = "--kl_rejected 0 --learning_rate 3e-3"  # tuned on other seeds for the teacher's answers, as DPKD's is
 
+# No answer of the playground has more than 32 tokens. Where students come to write without end, the default limit of 256
+# costs minutes and nothing else.
+SHORT = "--max_response_tokens 64"
+
 # name: command. `{name}` is the folder of that run with the same seed: a run waits for the runs that it names.
 # `{file:name}` is a data file made from that run by the function of FILES.
 RUNS = {
@@ -71,7 +75,7 @@ RUNS |= {
     "seqkd": f"dckd.py --data {{teacher_answers:dpkd}} --kl_chosen 0 {LIKE_DPKD}",
     "kd": f"dckd.py --data {{teacher_answers:dpkd}} --kl_chosen 1 {LIKE_DPKD}",
     "reverse_kl": "-m playground.baselines --loss reverse_kl",
-    "dpkd_60": "dpkd.py --teacher_answers 60 --max_steps 252",
+    "dpkd_60": f"dpkd.py --teacher_answers 60 --max_steps 252 {SHORT}",
     "seqkd_60": f"dckd.py --data {{teacher_answers:dpkd_60}} --kl_chosen 0 {LIKE_DPKD} --max_steps 252",
     "kd_60": f"dckd.py --data {{teacher_answers:dpkd_60}} --kl_chosen 1 {LIKE_DPKD} --max_steps 252",
     # ---- the PAD paper
@@ -83,7 +87,7 @@ RUNS |= {
     "pad_beta_10": "pad.py --beta 10",
     "pad_2_answers": "pad.py --num_answers 2",
     "pad_3_answers": "pad.py --num_answers 3",
-    "pad_2_rounds": "pad.py --rounds 2",
+    "pad_2_rounds": f"pad.py --rounds 2 {SHORT}",
     "pad_swapped": "pad.py --swap_order",
     "pad_dpo": "-m playground.baselines --loss dpo --data {best_and_worst:pad}",
     "pad_simpo": "-m playground.baselines --loss simpo --data {best_and_worst:pad}",
