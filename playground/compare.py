@@ -46,8 +46,8 @@ class Args:
 
 LIKE_DPKD = "--kl_rejected 0 --learning_rate 3e-3"  # tuned on other seeds for the teacher's answers, as DPKD's is
 
-# No answer of the playground has more than 32 tokens. Where students come to write without end, the default limit of 256
-# costs minutes and nothing else.
+# No answer of the playground has more than 32 tokens; where a student comes to write without end, the default limit of
+# 256 takes minutes.
 SHORT = "--max_response_tokens 64"
 
 # name: command. `{name}` is the folder of that run with the same seed: a run waits for the runs that it names.
