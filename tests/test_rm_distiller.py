@@ -462,6 +462,9 @@ def test_the_playgrounds_pairs_are_what_they_are_said_to_be():
 SHORT = {"max_steps": 2, "batch_size": 8, "eval_prompts": 4, "best_of": 0, "max_response_tokens": 40}
 
 
+PAIR_OF_SCORES = (("chosen", 7), ("rejected", 1))
+
+
 def few(tmp_path, count=24):
     lines = (ROOT / "playground/data/train.jsonl").read_text().splitlines(keepends=True)
     path = tmp_path / "train.jsonl"
@@ -506,6 +509,14 @@ def test_scores_from_text_are_numbers_the_teacher_wrote(tmp_path, capsys):
     assert run_script("rm_distiller", **flags, output_dir=tmp_path / "run") == 0
     rows = read_jsonl(tmp_path / "run" / "annotations.jsonl")
     assert len(rows) > 6
+    lm = LM("playground/teacher", CPU)  # scores are greedy, whatever the temperature of answers and edits
+    data = {row["id"]: row for row in read_rows(str(few(tmp_path)), "train")}
+    for row in read_jsonl(tmp_path / "run" / "score_chosen.jsonl")[:8]:
+        pair, request = data[row["id"]], row["prompt"][-1]["content"]
+        question = (SCORE % ("a", "b")).format(asked=request, a=pair["chosen"], b=pair["rejected"])
+        prompts = [lm.encode([ask(question)])[0]]
+        [[greedy]] = lm.sample(prompts, temperature=0, max_new_tokens=40, batch_size=1, seed=0)
+        assert row["reply"] == greedy["text"]
     columns = ("score_chosen", "score_rejected", "score_refined")
     assert all(row[name] in range(1, 11) for row in rows for name in columns)
     for column, names in (("score_refined", (IT,)), ("score_chosen", (A, B)), ("score_rejected", (A, B))):
@@ -563,6 +574,26 @@ def test_what_is_dropped_is_counted_and_stages_may_come_from_elsewhere(pairs, fe
     assert turned["rejected"] == source[6]["chosen"] and turned["chosen"] == source[6]["rejected"]
     assert (turned["score_chosen"], turned["score_rejected"], turned["score_refined"]) == (6, 2, 9)
     assert "-on -and" in out or "+x +y" in out
+
+
+def test_the_end_of_a_reply_tells_one_from_ten(pairs, checkpoints, feed):
+    """With a tokenizer that writes 10 in two tokens, and a teacher that is not sure of the end."""
+    rows = [{"id": row["id"], "prompt": row["prompt"]} for row in read_rows(str(pairs), "train")]
+    source = read_rows(str(pairs), "train")
+    files = {"teacher": [row | {"teacher": said("a teacher's answer")} for row in rows]}
+    files |= {f"score_{name}": [row | {f"score_{name}": s} for row in rows] for name, s in PAIR_OF_SCORES}
+    files["refined"] = [row | {"refined": "x y", "refined_reply": "Edited: x y"} for row in rows]
+    folder, _ = feed(files)
+    lm, checked = LM(checkpoints["teacher"], CPU), 0
+    assert len(lm.tokenizer("10").input_ids) > len(lm.tokenizer("1").input_ids)
+    for row, pair in zip(read_jsonl(folder / "score_refined.jsonl"), source):
+        asked = "\n".join(turn["content"] for turn in row["prompt"])
+        refine = REFINE.format(asked=asked, teacher=said("a teacher's answer"), rejected=pair["rejected"])
+        reply = {"role": "assistant", "content": "Edited: x y"}
+        chat = [ask(refine), reply, ask(RESCORE.format(score_rejected=1))]
+        assert row["score_refined"] == pytest.approx(plain_scores(lm, chat, "{}"), abs=1e-3)
+        checked += 1
+    assert checked == 8
 
 
 def test_a_stage_of_other_data_is_refused(pairs, feed, capsys):
