@@ -208,14 +208,14 @@ def main(args: Args):
     (run / "args.json").write_text(json.dumps(vars(args), indent=1))
 
     # ----------------------------------------------------------------------------------------- sampling, evaluation
-    how = {"max_new_tokens": args.max_response_tokens, "batch_size": args.sample_batch_size}
+    how, everything = {"max_new_tokens": args.max_response_tokens, "batch_size": args.sample_batch_size}, [*held_out]
 
     @torch.no_grad()
-    def evaluate() -> dict[str, list[float]]:
+    def evaluate(examples: list[Example] = held_out) -> dict[str, list[float]]:
         """By subset: worth of the answer that r prefers (of a pair 1 or 0: accuracy; ties share), its error, rows."""
         worth = defaultdict(list)
-        for start in range(0, len(held_out), args.micro_batch_size):
-            batch = pack(micro := held_out[start : start + args.micro_batch_size], student)
+        for start in range(0, len(examples), args.micro_batch_size):
+            batch = pack(micro := examples[start : start + args.micro_batch_size], student)
             rewards = student.model.score(student.hidden_states(batch)[batch.last].float())[:, 0].cpu()  # [R]
             for (row, *_), r in zip(micro, rewards.split([len(example.responses) for example in micro])):
                 for name in dict.fromkeys((row["pool"], str(row.get("subset") or row.get("source") or row["pool"]))):
@@ -233,8 +233,8 @@ def main(args: Args):
         pool, prompts = f"best of {args.best_of}", list({str(row["prompt"]): row for row, *_ in held_out}.values())
         options = stage(run / "options.jsonl", prompts[: args.eval_prompts], propose, args.sample_batch_size)
         options = [row | {"pool": pool} | dict(enumerate(row["answers"])) for row in options]
-        held_out += make_examples(student, options, range(args.best_of), *limits)
-    before = evaluate()
+        everything += make_examples(student, options, range(args.best_of), *limits)
+    before = evaluate(everything)
 
     # ------------------------------------------------------------------------- stages 1 to 4: the teacher annotates
     def annotate(rows: list[dict], column: str, templates: list[str], read, form="") -> list[dict]:
@@ -365,7 +365,7 @@ def main(args: Args):
             save_checkpoint(run / "checkpoint.pt", done, **parts)
 
     # ------------------------------------------------------------------------------------------------------ results
-    after = evaluate()
+    after = evaluate(everything)
     if student.tokenizer.pad_token_id in (None, *student.end_ids):  # transformers reads r at the last token but padding
         student.tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         student.model.resize_token_embeddings(len(student.tokenizer), mean_resizing=False)

@@ -321,13 +321,13 @@ def figure(path: Path, draw, title: str, xlabel: str, ylabel: str, width=6.4, he
     pyplot.close(canvas)
 
 
-def draw_intervals(results: dict, rows: dict[str, str], key: str = "reward_after"):
+def draw_intervals(results: dict, rows: dict[str, str]):
     """A dot and ± one standard error for each labelled run, best at the top; every seed as a faint dot."""
 
     def draw(axes):
-        ordered = sorted(rows.items(), key=lambda row: statistics.mean(values(results, row[1], key)))
+        ordered = sorted(rows.items(), key=lambda row: statistics.mean(values(results, row[1])))
         for height, (_, name) in enumerate(ordered):
-            numbers = values(results, name, key)
+            numbers = values(results, name)
             error = statistics.stdev(numbers) / len(numbers) ** 0.5
             axes.plot(numbers, [height] * len(numbers), ".", color="C0", alpha=0.3)
             axes.errorbar(statistics.mean(numbers), height, xerr=error, fmt="o", color="C0", capsize=3)
@@ -370,12 +370,12 @@ def draw_curves(results: dict, rows: dict[str, str], key: str, x: int = 1, scale
     return draw
 
 
-def draw_sweep(results: dict, points: dict[float, str], key: str = "reward_after", log: bool = True):
+def draw_sweep(results: dict, points: dict[float, str], log: bool = True):
     """A value over a swept setting: {setting: run}."""
 
     def draw(axes):
-        means = [statistics.mean(values(results, name, key)) for name in points.values()]
-        errors = [statistics.stdev(v) / len(v) ** 0.5 for v in (values(results, name, key) for name in points.values())]
+        means = [statistics.mean(values(results, name)) for name in points.values()]
+        errors = [statistics.stdev(v) / len(v) ** 0.5 for v in (values(results, name) for name in points.values())]
         axes.errorbar(list(points), means, yerr=errors, fmt="o-", capsize=3)
         if log:
             axes.set_xscale("log")

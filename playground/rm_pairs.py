@@ -15,9 +15,9 @@ import torch
 import tyro
 
 from common import LM
+from playground.build import SKILLS
 from playground.world import Request, all_requests, judge, write
 
-SKILLS = (0.55, 1.0)  # of the writers, as in data/train.jsonl
 EASY, HARD = 0.5, 0.3  # an easy pair's oracle gap is at least, a hard pair's at most this
 
 

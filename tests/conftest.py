@@ -99,6 +99,28 @@ def plain_log_probs(model, prompt: list[int], response: list[int], vocab_size: i
     return values[len(prompt) - 1 : -1].double().log_softmax(-1)
 
 
+def packed_averages(lm, examples, vocab_size: int) -> torch.Tensor:
+    """[R]: the average log-prob of every response, as the scripts compute it."""
+    from common import pack, per_token, response_means, target_logps
+
+    batch = pack(examples, lm)
+    scored = [(lm, lm.hidden_states(batch)[batch.source])]
+    logps = per_token(target_logps, batch.target_ids, scored, vocab_size, 1024)
+    return response_means(logps, batch.response_of, batch.lengths)
+
+
+def padded_averages(lm, examples, vocab_size: int) -> torch.Tensor:
+    """[R] the usual way: a padded row per response, all logits, and a mask for what is neither prompt nor padding."""
+    rows = [(prompt, response) for _, prompt, responses in examples for response in responses]
+    width = max(len(prompt) + len(response) for prompt, response in rows)
+    ids = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in rows])
+    mask = torch.tensor([[0] * len(p) + [1] * len(r) + [0] * (width - len(p) - len(r)) for p, r in rows])
+    attention = torch.tensor([[1] * len(p + r) + [0] * (width - len(p) - len(r)) for p, r in rows])
+    logits = lm.model(ids, attention_mask=attention).logits[:, :-1, :vocab_size]
+    logps = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    return (logps * mask[:, 1:]).sum(-1) / mask[:, 1:].sum(-1)
+
+
 # ------------------------------------------------------------------------------------------------- runs of the scripts
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "common")
 

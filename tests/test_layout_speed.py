@@ -7,38 +7,18 @@ import weakref
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer, random_examples, save
+from conftest import make_model, make_tokenizer, packed_averages, padded_averages, random_examples, save
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from adpa import advantages, expected_advantage
-from common import LM, pack, per_token, response_means, target_logps
+from common import LM, pack, per_token, target_logps
 from dckd import forward_kl
 
 CPU = torch.device("cpu")
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
-def packed_step(lm, examples, vocab_size):
-    """Mean over responses of the mean −log p, as the scripts compute it."""
-    batch = pack(examples, lm)
-    scored = [(lm, lm.hidden_states(batch)[batch.source])]
-    logps = per_token(target_logps, batch.target_ids, scored, vocab_size, 1024)
-    return -response_means(logps, batch.response_of, batch.lengths).mean()
-
-
-def padded_step(lm, examples, vocab_size):
-    """The usual way: a row per response, padded, all logits, and a mask for what is neither prompt nor padding."""
-    rows = [(prompt, response) for _, prompt, responses in examples for response in responses]
-    width = max(len(prompt) + len(response) for prompt, response in rows)
-    ids = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in rows])
-    mask = torch.tensor([[0] * len(p) + [1] * len(r) + [0] * (width - len(p) - len(r)) for p, r in rows])
-    attention = torch.tensor([[1] * len(p + r) + [0] * (width - len(p) - len(r)) for p, r in rows])
-    logits = lm.model(ids, attention_mask=attention).logits
-    logps = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    return -((logps * mask[:, 1:]).sum(-1) / mask[:, 1:].sum(-1)).mean()
-
-
 def test_every_prompt_goes_through_the_model_once_and_only_response_tokens_through_the_head(tmp_path):
     """Where the time goes, counted: tokens in the backbone, and positions in the head of 49,152 rows."""
     lm = LM(save(tmp_path, make_tokenizer(), make_model(400)), CPU)
@@ -53,18 +33,18 @@ def test_a_packed_step_is_twice_as_fast_as_a_padded_row_per_response(tmp_path):
     model = make_model(vocab_size, width=128, layers=4, initializer_range=0.1)
     lm = LM(save(tmp_path, make_tokenizer(), model), CPU, trains=True)
     examples = random_examples(400, [(228, [112, 104]), (219, [97, 112])])
-    seconds, losses, gradients = {packed_step: [], padded_step: []}, {}, {}
+    seconds, losses, gradients = {packed_averages: [], padded_averages: []}, {}, {}
     for _ in range(3):
         for step, times in seconds.items():  # turn by turn, so that other work on the machine slows both
             lm.model.zero_grad()
             start = time.process_time()
-            loss = step(lm, examples, vocab_size)
+            loss = -step(lm, examples, vocab_size).mean()
             loss.backward()
             times.append(time.process_time() - start)
             losses[step] = loss.item()
             gradients[step] = [parameter.grad.clone() for parameter in lm.model.parameters()]
-    assert losses[packed_step] == pytest.approx(losses[padded_step], abs=1e-4)
-    for packed, padded in zip(gradients[packed_step], gradients[padded_step]):
+    assert losses[packed_averages] == pytest.approx(losses[padded_averages], abs=1e-4)
+    for packed, padded in zip(gradients[packed_averages], gradients[padded_averages]):
         assert torch.allclose(packed, padded, rtol=1e-3, atol=1e-5)
     packed, padded = (statistics.median(times) for times in seconds.values())
     assert padded > 2 * packed, f"packed {packed:.2f} s, padded {padded:.2f} s"

@@ -19,6 +19,8 @@ from conftest import (
     first_gradient,
     make_model,
     make_tokenizer,
+    packed_averages,
+    padded_averages,
     plain_log_probs,
     random_examples,
     read_jsonl,
@@ -28,7 +30,7 @@ from conftest import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from common import LM, make_examples, pack, per_token, read_rows, response_means, target_logps
+from common import LM, make_examples, read_rows
 from pad import JUDGE, Args, edit_distance, judgements, most_different, ppd, ranking_logps, vpd
 
 CPU = torch.device("cpu")
@@ -524,26 +526,6 @@ def test_the_second_round_samples_from_the_student_of_the_first(checkpoints, pai
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
-def padded_averages(lm, examples, vocab_size) -> torch.Tensor:
-    """[B, n] the usual way: a row per answer, padded, logits at all positions, a mask over prompt and padding."""
-    rows = [(prompt, response) for _, prompt, responses in examples for response in responses]
-    width = max(len(prompt) + len(response) for prompt, response in rows)
-    ids = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in rows])
-    mask = torch.tensor([[0] * len(p) + [1] * len(r) + [0] * (width - len(p) - len(r)) for p, r in rows])
-    attention = torch.tensor([[1] * len(p + r) + [0] * (width - len(p) - len(r)) for p, r in rows])
-    logits = lm.model(ids, attention_mask=attention).logits
-    logps = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    return ((logps * mask[:, 1:]).sum(-1) / mask[:, 1:].sum(-1)).view(len(examples), -1)
-
-
-def packed_averages(lm, examples, vocab_size) -> torch.Tensor:
-    """[B, n] the way of the script."""
-    batch = pack(examples, lm)
-    scored = [(lm, lm.hidden_states(batch)[batch.source])]
-    logps = per_token(target_logps, batch.target_ids, scored, vocab_size, 1024)
-    return response_means(logps, batch.response_of, batch.lengths).view(len(examples), -1)
-
-
 @pytest.mark.slow
 def test_a_step_is_three_times_as_fast_as_one_row_per_answer(tmp_path):
     """Prompts about twice as long as answers, which differ in length as real ones do."""
@@ -556,7 +538,7 @@ def test_a_step_is_three_times_as_fast_as_one_row_per_answer(tmp_path):
         for averages, seconds in times.items():  # turn by turn, so that other work on the machine slows both
             lm.model.zero_grad()
             begin = time.process_time()
-            loss = ppd(2 * averages(lm, examples, vocab_size), 2 * teacher).mean()
+            loss = ppd(2 * averages(lm, examples, vocab_size).view(3, 4), 2 * teacher).mean()
             loss.backward()
             seconds.append(time.process_time() - begin)
             losses[averages] = loss.item()

@@ -380,10 +380,9 @@ def test_a_language_model_without_a_head_is_no_judge(checkpoints, capsys):
     assert "score.weight" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["adpa"])
-def test_a_reward_model_judges_the_other_scripts(script, checkpoints, pairs, run_tiny, tmp_path):
+def test_a_reward_model_judges_the_other_scripts(checkpoints, pairs, run_tiny, tmp_path):
     model = trained(checkpoints, pairs, tmp_path) / "model"
-    run = run_tiny(script, reward=model, teacher_ref="none")
+    run = run_tiny("adpa", reward=model, teacher_ref="none")
     rows = read_jsonl(run / "eval_before.jsonl")
     judged = load_reward(str(model), CPU)([row["prompt"] for row in rows], [row["text"] for row in rows])
     assert [row["reward"] for row in rows] == pytest.approx(judged, abs=1e-5)

@@ -42,8 +42,6 @@ RESULTS = {"rm_distiller": {"accuracy_before", "accuracy_after", "best_of_n_rewa
 MEASURED = {"seconds", "tokens_per_second", "peak_memory_bytes", "seed", "device"}
 VERSIONS = {"torch", "transformers", "datasets", "tyro"}
 
-to_mend = pytest.mark.xfail(reason="known, and to be mended", strict=False)
-DRIFTED: set[tuple[str, str]] = set()  # (script, block)
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
@@ -366,9 +364,7 @@ def test_a_resumed_run_takes_no_other_flag(script, whole_runs, capsys):
     assert "no other flag" in error_line(capsys) and contents(whole) == before
 
 
-@pytest.mark.parametrize(
-    "script", [pytest.param(s, marks=to_mend if (s, "the run folder") in DRIFTED else ()) for s in SCRIPTS]
-)
+@every_script
 def test_the_run_of_another_script_is_not_resumed(script, tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
@@ -602,7 +598,7 @@ DIFFERENT = {
 @pytest.mark.parametrize(
     "script, block",
     [
-        pytest.param(script, block, marks=to_mend if (script, block) in DRIFTED else ())
+        (script, block)
         for script in SCRIPTS
         for block in SAME
         if script != "adpa" and (script, block) not in OF_ITS_OWN
