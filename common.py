@@ -66,6 +66,7 @@ class LM:
         self.model.get_input_embeddings().padding_idx = None  # would get no gradient, and may be an end-of-turn as well
         self.vocab_size = min(len(tokenizer), self.model.get_input_embeddings().weight.shape[0])  # no head's padding
         self.window = getattr(self.config, "sliding_window", None) or math.inf  # beyond it our mask is not the model's
+        self.marks = {token[0] for token in tokenizer.added_tokens_encoder}  # what a control token can begin with
         self.bos = [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
         # what ends an answer: the special token that the template puts behind one, and the tokens that the configs name
         ends = self.model.generation_config.eos_token_id if self.model.can_generate() else None
@@ -73,8 +74,7 @@ class LM:
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
             behind = self.template(chat)[len(self.template(chat[:1], ask=True)) :]
-            special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-            ends = [*[token for token in behind if token in special][:1], *ends]
+            ends = [*[t for t in behind if getattr(tokenizer.added_tokens_decoder.get(t), "special", False)][:1], *ends]
         self.end_ids = [token for token in dict.fromkeys(ends) if token is not None] or stop(f"{path} names no EOS")
         self.share_prefix, self.autocast = True, nullcontext
         reward or self.check_layout()
@@ -99,7 +99,8 @@ class LM:
 
     def template(self, messages: list[dict], ask: bool = False) -> list[int]:
         """Chat template as ids; special-token strings inside messages stay text. `ask` adds the generation prompt."""
-        how = {"add_generation_prompt": ask, "return_dict": False, "sanitize_control_tokens": True}
+        plain = all(isinstance(v, str) and self.marks.isdisjoint(v) for turn in messages for v in turn.values())
+        how = {"add_generation_prompt": ask, "return_dict": False, "sanitize_control_tokens": not plain}  # it is slow
         with clearly(f"use the chat template of {self.path} with roles {[turn['role'] for turn in messages]}"):
             ids = self.tokenizer.apply_chat_template(messages, **how)
         return ids if ids[: len(self.bos)] == self.bos else self.bos + ids
@@ -286,8 +287,7 @@ def target_logps(target_ids: torch.Tensor, log_probs: torch.Tensor) -> torch.Ten
 
 
 def response_means(values: torch.Tensor, response_of: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """[R]: a per-token quantity averaged over each response's tokens, from values and response_of [N] (or those of some
-    responses only: the others get 0) and lengths [R]. Times `lengths` it is the sum."""
+    """[R]: sums of values [N] by response_of [N], over lengths [R]; 0 for a response of which no token is there."""
     return values.new_zeros(len(lengths)).index_add(0, response_of, values) / lengths
 
 

@@ -36,22 +36,8 @@ import tyro
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from common import (
-    LM,
-    Example,
-    clearly,
-    load_checkpoint,
-    load_reward,
-    make_examples,
-    pack,
-    per_token,
-    read_rows,
-    response_means,
-    save_checkpoint,
-    stage,
-    stop,
-    target_logps,
-)
+import common
+from common import LM, Example, clearly, load_checkpoint, make_examples, pack, read_rows, save_checkpoint, stage, stop
 
 
 @dataclass
@@ -126,6 +112,8 @@ class Args:
     """distance of the distributions over rankings, or the teacher's ranking alone (paper: both, ppd is the main one)"""
     beta: float = 2.0
     """β, sharpness of both distributions (playground; released code: 10)"""
+    scores: str = ""
+    """scores_1.jsonl of another run or program, in place of --data and of stages 1 and 2 (columns: docs/pad.md)"""
     alpha: float = 0.9
     """α, weight of the average log-prob in the teacher's score; 1 drops the filter (playground; released code: 0)"""
     num_answers: int = 4
@@ -216,12 +204,14 @@ def main(args: Args):
         device = torch.empty(0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
     student = LM(args.student, device, True, args.gradient_checkpointing, args.trust_remote_code)
     teacher = LM(args.teacher, device, remote_code=args.trust_remote_code)
-    judge = load_reward(args.reward, device, args.trust_remote_code)
+    judge = common.load_reward(args.reward, device, args.trust_remote_code)
     limits = args.max_prompt_tokens, args.max_response_tokens
-    prompts = read_rows(args.data, args.data_split, ())[: args.max_rows or None]
+    prompts = read_rows(args.scores or args.data, args.data_split, ())[: args.max_rows or None]
     prompts = [example.row for example in make_examples(student, prompts, (), *limits)]
     held_out = make_examples(student, read_rows(args.eval_data, args.eval_split, ()), (), *limits)
     held_out = [example.row for example in held_out[: args.eval_prompts]]
+    if args.overwrite and run.resolve() in Path(args.scores).resolve().parents:
+        stop(f"--overwrite would remove --scores {args.scores}; choose another --output_dir")
     if args.overwrite:  # only now: a run that cannot start replaces nothing
         shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True, exist_ok=True)
@@ -259,13 +249,23 @@ def main(args: Args):
         """[B, n]: (1/|y|) Σ_t log p(y_t|s_t) of n answers each. A token that the model excludes does not make it −∞."""
         batch = pack(examples, lm)
         scored = [(lm, lm.hidden_states(batch)[batch.source])]
-        logps = per_token(target_logps, batch.target_ids, scored, lm.vocab_size, args.logits_chunk)
-        return response_means(logps.clamp(min=-1e4), batch.response_of, batch.lengths).view(-1, n)
+        logps = common.per_token(common.target_logps, batch.target_ids, scored, lm.vocab_size, args.logits_chunk)
+        return common.response_means(logps.clamp(min=-1e4), batch.response_of, batch.lengths).view(-1, n)
 
     pairs = list((itertools.permutations if args.swap_order else itertools.combinations)(range(n), 2))
     letters = [[i for i in range(teacher.vocab_size) if teacher.tokenizer.decode([i]).strip() == x] for x in "AB"]
 
-    def score(rows: list[dict], _) -> list[dict]:
+    def weigh(rows: list[dict], _) -> list[dict]:
+        """What the teacher said of answers, with the score that this run's α makes of it."""
+        kept = ("answers", "average_logp", "judgement", "p_a", "p_b")
+        with clearly(f"rank answers by the columns {kept} of {args.scores or 'stage 2'}"):
+            rows = [{name: row[name] for name in kept} for row in rows]
+            for row in rows:
+                said = zip(row["average_logp"], row["judgement"], row["answers"], strict=True)
+                row["score"] = [args.alpha * logp + (1 - args.alpha) * math.log(judged) for logp, judged, _ in said]
+        return rows
+
+    def ask(rows: list[dict], number: int) -> list[dict]:
         """Of every answer the average log-prob, exp(s_mcq) and score; of every question p(A) and p(B)."""
         questions = []
         for row in rows:
@@ -275,20 +275,20 @@ def main(args: Args):
         batch = pack([Example({}, question[:-1], [question[-1:]]) for question in ids], teacher)
         probs = teacher.logits(teacher.hidden_states(batch)[batch.last], teacher.vocab_size).softmax(-1)  # [B·pairs, V]
         p_a, p_b = (probs[:, tokens].sum(-1).view(len(rows), -1) for tokens in letters)  # [B, pairs]
-        s_mcq = judgements(p_a, p_b, pairs, n)  # [B, n]
         logps = average_logps(teacher, [Example(row, *teacher.encode(row["prompt"], row["answers"])) for row in rows])
-        scores = args.alpha * logps + (1 - args.alpha) * s_mcq  # [B, n]
-        made = {"average_logp": logps, "judgement": s_mcq.exp(), "score": scores, "p_a": p_a, "p_b": p_b}
-        return [{"answers": r["answers"], **{k: v[i].tolist() for k, v in made.items()}} for i, r in enumerate(rows)]
+        said = {"average_logp": logps, "judgement": judgements(p_a, p_b, pairs, n).exp(), "p_a": p_a, "p_b": p_b}
+        return weigh([row | {k: v[i].tolist() for k, v in said.items()} for i, row in enumerate(rows)], number)
 
     def make_round(turn: int) -> tuple[list[Example], dict[str, float]]:
         """The examples of a round, and what is logged of the judge."""
-        rows = stage(run / f"samples_{turn}.jsonl", prompts, partial(sample, turn), args.sample_batch_size)
-        rows = [row for row in rows if len(row["answers"]) == n]
+        rows, score = prompts, weigh if args.scores and turn == 1 else ask  # --scores has answers and what was said
+        if score is ask:
+            rows = stage(run / f"samples_{turn}.jsonl", prompts, partial(sample, turn), args.sample_batch_size)
+        rows = [row for row in rows if len(row.get("answers", ())) == n]
         rows = stage(run / f"scores_{turn}.jsonl", rows, score, args.micro_batch_size // n or 1)
         kept = [row for row in rows if args.alpha == 1 or min(row["judgement"]) <= 0.5 < max(row["judgement"])]
-        p_a, p_b = torch.tensor([(row["p_a"], row["p_b"]) for row in rows]).view(len(rows), 2, len(pairs)).mean((0, 2))
-        judged = {"mass": round(float(p_a + p_b), 4), "p_a": round(float(p_a), 4), "kept": len(kept) / len(prompts)}
+        p_a, p_b = (torch.tensor([p for row in rows for p in row[name]]).mean().item() for name in ("p_a", "p_b"))
+        judged = {"mass": round(p_a + p_b, 4), "p_a": round(p_a, 4), "kept": len(kept) / len(prompts)}
         print(f"round {turn}: {n} answers differ for {len(rows)} of {len(prompts)} prompts, {len(kept)} kept; {judged}")
         kept = [row | dict(enumerate(row["answers"])) for row in kept]
         return make_examples(student, kept, range(n), *limits), {f"charts/judge_{k}": v for k, v in judged.items()}

@@ -1,19 +1,20 @@
 """Every method and every baseline, several seeds, one table and one figure: `python -m playground.compare`.
 
-Each run is a subprocess of its real script; finished runs are not made again. What comes of it: docs/results.json
-(every run: command, seed, summary, curves), and from that file alone the tables (mean ± standard error, paired tests)
-between the `<!-- results:… -->` marks of README.md and docs/*.md, and the figures in docs/. The figures need
-matplotlib: `pip install -r playground/requirements.txt`.
+Each run is a process that executes its real script; finished runs are not made again. What comes of it:
+docs/results.json (every run: command, seed, summary, curves), and from that file alone the tables (mean ± standard
+error, paired tests) between the `<!-- results:… -->` marks of README.md and docs/*.md, and the figures in docs/. The
+figures need matplotlib: `pip install -r playground/requirements.txt`.
 """
 
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
+import runpy
 import shlex
 import statistics
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -63,35 +64,35 @@ RUNS = {
     "adpa_no_reference": "adpa.py --teacher_ref none",
     "adpa_released_clip": "adpa.py --advantage_clip 1e-8 0.99999999",
     "adpa_greedy": "adpa.py --sample_temperature 0",
-    **{f"adpa_gamma_{gamma}": f"adpa.py --gamma {gamma}" for gamma in (0.1, 0.3, 2, 4)},
+    **{f"adpa_gamma_{gamma}": f"adpa.py --gamma {gamma} {SHORT}" for gamma in (0.1, 2, 4)},
 }
 RUNS |= {
     # ---- the DPKD paper: baselines on the teacher's answers, all (2,000) and few (60); equal data and steps
     "dpkd": "dpkd.py",
     "dpkd_frozen": "dpkd.py --refresh_every 0",
     "dpkd_summed": "dpkd.py --no-length_normalize",
-    **{f"dpkd_beta_{beta}": f"dpkd.py --beta {beta}" for beta in (0.1, 0.5, 2)},
+    **{f"dpkd_beta_{beta}": f"dpkd.py --beta {beta}" for beta in (0.1, 2)},
     "dpkd_released": "-m playground.released dpkd",
     "seqkd": f"dckd.py --data {{teacher_answers:dpkd}} --kl_chosen 0 {LIKE_DPKD}",
     "kd": f"dckd.py --data {{teacher_answers:dpkd}} --kl_chosen 1 {LIKE_DPKD}",
     "reverse_kl": "-m playground.baselines --loss reverse_kl",
     "dpkd_60": f"dpkd.py --teacher_answers 60 --max_steps 252 {SHORT}",
-    "seqkd_60": f"dckd.py --data {{teacher_answers:dpkd_60}} --kl_chosen 0 {LIKE_DPKD} --max_steps 252",
-    "kd_60": f"dckd.py --data {{teacher_answers:dpkd_60}} --kl_chosen 1 {LIKE_DPKD} --max_steps 252",
-    # ---- the PAD paper
+    "seqkd_60": f"dckd.py --data {{teacher_answers:dpkd_60}} --kl_chosen 0 {LIKE_DPKD} --max_steps 252 {SHORT}",
+    "kd_60": f"dckd.py --data {{teacher_answers:dpkd_60}} --kl_chosen 1 {LIKE_DPKD} --max_steps 252 {SHORT}",
+    # ---- the PAD paper; what differs only after the judgement takes the answers and judgements of `pad`
     "pad": "pad.py",
-    "pad_vpd": "pad.py --loss vpd",
-    "pad_logp": "pad.py --alpha 1",
-    "pad_judgement": "pad.py --alpha 0",
-    "pad_half": "pad.py --alpha 0.5",
-    "pad_beta_10": "pad.py --beta 10",
+    "pad_vpd": "pad.py --scores {pad}/scores_1.jsonl --loss vpd",
+    "pad_logp": "pad.py --scores {pad}/scores_1.jsonl --alpha 1",
+    "pad_judgement": "pad.py --scores {pad}/scores_1.jsonl --alpha 0",
+    "pad_half": "pad.py --scores {pad}/scores_1.jsonl --alpha 0.5",
+    "pad_beta_10": "pad.py --scores {pad}/scores_1.jsonl --beta 10",
     "pad_2_answers": "pad.py --num_answers 2",
     "pad_3_answers": "pad.py --num_answers 3",
     "pad_2_rounds": f"pad.py --rounds 2 {SHORT}",
     "pad_swapped": "pad.py --swap_order",
     "pad_dpo": "-m playground.baselines --loss dpo --data {best_and_worst:pad}",
     "pad_simpo": "-m playground.baselines --loss simpo --data {best_and_worst:pad}",
-    "pad_released": "-m playground.released pad",
+    "pad_released": "-m playground.released pad --scores {pad}/scores_1.jsonl",
     # ---- the RM-Distiller paper: one annotation serves all
     "rm": "rm_distiller.py",
     "rm_bt_plain": "rm_distiller.py --annotations {rm}/annotations.jsonl --no-refine --no-margin --kl_coef 0",
@@ -101,6 +102,12 @@ RUNS |= {
     "rm_released": "-m playground.released rm_distiller --annotations {rm}/annotations.jsonl",
 }
 README_RUNS = ["dpo_student", "sft", "vanilla_kd", "dckd", "adpa", "adpa_plus", "pad", "dpkd"]
+
+
+# Every run is a process of its own. Where a process can be forked from one that has imported these, it is: importing
+# them for every run would take a fifth of all the time.
+PROCESSES = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+PROCESSES.set_forkserver_preload(["torch", "tyro", "transformers.models.llama.modeling_llama"])
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -138,6 +145,20 @@ def needs(command: str) -> list[str]:
     return re.findall(r"{(?:\w+:)?(\w+)}", command)
 
 
+def run_script(words: list[str], log: Path):
+    """What `python words...` does, in this process, with its terminal output at the end of `log`."""
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(ROOT)
+    sys.path[0] = str(ROOT)
+    sys.argv = words[words[0] == "-m" :]
+    if words[0] == "-m":
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
 def execute(name: str, seed: int, folder: Path):
     """Makes one run, unless it is finished with the same command. Its terminal output goes to <run>.log."""
     run = folder / f"{name}__{seed}"
@@ -149,13 +170,11 @@ def execute(name: str, seed: int, folder: Path):
     log = run.with_suffix(".log")
     if (run / "summary.json").exists() and log.exists() and log.read_text().partition("\n")[0] == command:
         return
-    with log.open("w") as file:
-        file.write(command + "\n")
-        file.flush()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two runs at a time on two cores, not four threads
-        words = [sys.executable, *shlex.split(command)]
-        done = subprocess.run(words, cwd=ROOT, env=environment, stdout=file, stderr=file)
-    if done.returncode:
+    log.write_text(command + "\n")
+    process = PROCESSES.Process(target=run_script, args=(shlex.split(command), log))
+    process.start()
+    process.join()
+    if process.exitcode:
         raise SystemExit(f"{name} with seed {seed} failed: see {log}")
 
 
@@ -163,6 +182,7 @@ def execute_all(names: list[str], seeds: range, folder: Path, at_once: int):
     """Runs of all names and seeds, `at_once` at a time: always the first whose needs are there, so nobody waits for a
     run that could as well be made later."""
     folder.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = "1"  # two runs at a time on two cores, not four threads
     waiting, finished, failed = [(name, seed) for seed in seeds for name in names], set(), []
     progress, changed = tqdm(total=len(waiting), desc="runs", smoothing=0.05), threading.Condition()
 
@@ -452,7 +472,7 @@ TABLES = {  # (page, block): rows {label: run}
         "teacher": "teacher",
     },
     ("docs/adpa.md", "gamma"): {
-        **{f"γ = {gamma}": f"adpa_gamma_{gamma}" for gamma in (0.1, 0.3)},
+        "γ = 0.1": "adpa_gamma_0.1",
         "γ = 0.7": "adpa",
         **{f"γ = {gamma}": f"adpa_gamma_{gamma}" for gamma in (2, 4)},
     },
@@ -468,7 +488,6 @@ TABLES = {  # (page, block): rows {label: run}
     ("docs/dpkd.md", "dpkd_settings"): {
         "DPKD": "dpkd",
         "`--beta 0.1`": "dpkd_beta_0.1",
-        "`--beta 0.5`": "dpkd_beta_0.5",
         "`--beta 2`": "dpkd_beta_2",
         "`--no-length_normalize`": "dpkd_summed",
         "`--refresh_every 0` (frozen y_s)": "dpkd_frozen",
@@ -546,7 +565,7 @@ def report(results: dict, root: Path):
     rows = {label: name for label, name in rows.items() if name in results}
     draw = draw_curves(results, rows, "eval/reward", scale=1e-3)
     figure(docs / "efficiency.svg", draw, "Sample efficiency", "response tokens trained on, thousands", reward)
-    gammas = {0.1: "adpa_gamma_0.1", 0.3: "adpa_gamma_0.3", 0.7: "adpa", 2: "adpa_gamma_2", 4: "adpa_gamma_4"}
+    gammas = {0.1: "adpa_gamma_0.1", 0.7: "adpa", 2: "adpa_gamma_2", 4: "adpa_gamma_4"}
     figure(docs / "gamma.svg", draw_sweep(results, gammas), "Too large a γ over-optimises", "γ", reward)
     rows = measured(results, {"sampled anew every 4 steps": "dpkd", "of the untrained student": "dpkd_frozen"})
     if rows:

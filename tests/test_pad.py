@@ -414,6 +414,79 @@ def test_the_filter_and_what_is_said_of_the_judge(checkpoints, pairs, feed, caps
     assert row["losses/total"] == pytest.approx(value, rel=1e-4)  # the scores of the file are what is learned
 
 
+def same_weights(one, other):
+    for name, weight in load_file(one / "model/model.safetensors").items():
+        assert torch.equal(weight, load_file(other / "model/model.safetensors")[name]), name
+
+
+def test_scores_of_a_former_run_give_the_same_weights(run_tiny):
+    first = run_tiny("pad", **TINY | NO_FILTER, max_steps=3)
+    again = run_tiny("pad", **TINY | NO_FILTER, max_steps=3, scores=first / "scores_1.jsonl", data="/nowhere")
+    same_weights(first, again)
+    assert not (again / "samples_1.jsonl").exists()
+    rows = [read_jsonl(run / "scores_1.jsonl") for run in (first, again)]
+    assert [row["score"] for row in rows[0]] == [row["score"] for row in rows[1]]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])
+def test_scores_of_another_program_are_weighed_with_this_runs_alpha(checkpoints, pairs, run_tiny, tmp_path, alpha):
+    rows = []
+    for row in scored(pairs, [[0.9, 0.5, 0.1], [0.2, 0.5, 0.51]])[1]:
+        row = {key: row[key] for key in ("answers", "judgement", "p_a", "p_b")} | {"average_logp": [-1.0, -2.0, -4.0]}
+        rows.append(row | {"prompt": f"say {len(rows)}"})
+    (tmp_path / "told.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = run_tiny("pad", **TINY | {"alpha": alpha}, scores=tmp_path / "told.jsonl")
+    for row in rows:
+        said = zip(row["average_logp"], row["judgement"], strict=True)
+        row["score"] = [alpha * average + (1 - alpha) * math.log(judgement) for average, judgement in said]
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    assert [row["score"] for row in read_jsonl(run / "scores_1.jsonl")] == [row["score"] for row in rows]
+    value, _ = slow_step(checkpoints["student"], rows, ppd, 2.0, 12)
+    [row] = read_jsonl(run / "metrics.jsonl")
+    assert row["losses/total"] == pytest.approx(value, rel=1e-4) and row["charts/judge_kept"] == 1
+
+
+def test_later_rounds_do_not_learn_from_given_scores(run_tiny):
+    flags = {**TINY, **NO_FILTER, "num_answers": 4, "rounds": 2, "max_steps": 4}
+    whole = run_tiny("pad", **flags)
+    run = run_tiny("pad", **flags, scores=whole / "scores_1.jsonl")
+    same_weights(whole, run)
+    assert not (run / "samples_1.jsonl").exists() and len(read_jsonl(run / "samples_2.jsonl")) == 8
+
+
+def test_overwrite_does_not_remove_the_scores_that_it_reads(run_tiny, checkpoints, pairs, capsys):
+    run = run_tiny("pad", **TINY | NO_FILTER)
+    kept = (run / "scores_1.jsonl").read_bytes()
+    flags = {**TINY, **NO_FILTER, "eval_data": pairs, "reward": "conftest:vowels", "eval_prompts": 2}
+    flags |= {name: checkpoints[name] for name in ("student", "teacher")}
+    assert run_script("pad", **flags, scores=run / "scores_1.jsonl", output_dir=run, overwrite=True) == 2
+    assert "--overwrite would remove --scores" in capsys.readouterr().err
+    assert (run / "scores_1.jsonl").read_bytes() == kept
+
+
+@pytest.mark.parametrize("lacks", ["answers", "average_logp", "judgement", "p_a", "p_b", "a judgement", "an answer"])
+def test_scores_that_lack_something_are_one_line(lacks, checkpoints, pairs, tmp_path, capsys):
+    _, scores = scored(pairs, JUDGED)
+    for row in scores:
+        row["average_logp"] = [-1.0, -2.0, -4.0]
+        if lacks.startswith("a "):
+            row["judgement"] = row["judgement"][:2]
+        elif lacks.startswith("an "):
+            row |= {name: row[name][:2] for name in ("answers", "average_logp", "judgement")}
+        else:
+            del row[lacks]
+    (tmp_path / "told.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
+    flags = {name: checkpoints[name] for name in ("student", "teacher")} | {"eval_data": pairs, "eval_prompts": 2}
+    flags |= {**TINY, "reward": "conftest:vowels", "scores": tmp_path / "told.jsonl", "output_dir": tmp_path / "run"}
+    assert run_script("pad", **flags) == 2
+    out, error = capsys.readouterr()
+    if "answer" in lacks:
+        assert "3 answers differ for 0 of 8 prompts" in out and "no row left" in error
+    else:
+        assert "told.jsonl" in error and "columns ('answers', 'average_logp', 'judgement', 'p_a', 'p_b')" in error
+    assert "Traceback" not in error and sum("error: " in line for line in error.splitlines()) == 1
+
+
 def test_r29_a_student_that_is_its_teacher_has_divergence_zero(checkpoints, pairs, feed):
     samples, _ = scored(pairs, JUDGED)
     run, _ = feed({"samples_1.jsonl": samples}, **NO_FILTER, teacher=checkpoints["student"])

@@ -1,9 +1,11 @@
 """README.md and docs/ say what docs/results.json holds: tables, figures, and the numbers in running text."""
 
 import json
+import os
 import re
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 
@@ -138,3 +140,27 @@ def test_a_run_that_fails_ends_all_of_them(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "execute", lambda *_: sys.exit("a failed"))
     with pytest.raises(SystemExit, match="a failed"):
         compare.execute_all(["a", "b"], range(1, 3), tmp_path, 2)
+
+
+def test_a_run_is_what_its_command_does_and_is_not_made_again(tmp_path, monkeypatch):
+    flags = "--data playground/data/test.jsonl --max_steps 2 --eval_prompts 4"
+    runs = {"a": f"dckd.py {flags}", "b": f"-m playground.baselines --loss dpo {flags} --student {{a}}/model"}
+    monkeypatch.setattr(compare, "RUNS", runs | {"c": "dckd.py --student {b}/none"})
+    compare.execute_all(["a", "b"], range(3, 4), tmp_path, 2)
+    made = {path: path.stat().st_mtime_ns for name in "ab" for path in (tmp_path / f"{name}__3").rglob("*.*")}
+    assert len(made) > 20
+    compare.execute_all(["a", "b"], range(3, 4), tmp_path, 2)
+    assert made == {path: path.stat().st_mtime_ns for path in made}
+    flags_of_b = json.loads((tmp_path / "b__3/args.json").read_text())
+    assert [flags_of_b[name] for name in ("student", "loss", "seed")] == [str(tmp_path / "a__3/model"), "dpo", 3]
+    assert "reward_after" in (tmp_path / "a__3.log").read_text()  # what a terminal would show
+
+    words = [sys.executable, *runs["a"].split(), "--seed", "3", "--output_dir", str(tmp_path / "own")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    assert subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, timeout=300).returncode == 0
+    weights = [(tmp_path / run / "model/model.safetensors").read_bytes() for run in ("a__3", "own", "b__3")]
+    assert weights[0] == weights[1] != weights[2]
+
+    with pytest.raises(SystemExit, match=r"c with seed 3 failed: see .*c__3\.log"):
+        compare.execute("c", 3, tmp_path)
+    assert "error: cannot load" in (tmp_path / "c__3.log").read_text()
