@@ -293,6 +293,24 @@ def test_special_token_strings_in_data_stay_text(tmp_path):
         assert sum(token in special for token in prompt) == (4 if chat else 0)  # begin, user, end, assistant
 
 
+@pytest.mark.parametrize(
+    "text", ["A thing.", " żółć\n\n猫 ", "a < b", "a <|end|> b", "[TOOL] and <|pad|>", "[no] tool", "=> x"]
+)
+def test_every_chat_is_encoded_as_if_it_was_sanitised(tmp_path, text):
+    """Only a text with a character that a control token begins with takes the slow way."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[TOOL]"]})
+    lm, taken = lm_with(tokenizer, tmp_path), []
+    chat = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    how = {"return_dict": False, "sanitize_control_tokens": True}
+    assert lm.template(chat) == lm.tokenizer.apply_chat_template(chat, **how)
+    apply = lm.tokenizer.apply_chat_template
+    lm.tokenizer.apply_chat_template = lambda *chat, **how: taken.append(how) or apply(*chat, **how)
+    lm.template(chat)
+    lm.template([{**turn, "tools": [text]} for turn in chat])  # a value that is no text may hold anything
+    assert [how["sanitize_control_tokens"] for how in taken] == ["<" in text or "[" in text, True]
+
+
 def test_r16_prompts_of_several_turns(tmp_path, tokenizer):
     lm = lm_with(tokenizer, tmp_path)
     turns = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi."), ("user", "Bye")]
