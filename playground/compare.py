@@ -261,9 +261,14 @@ def values(results: dict, name: str, key: str = "reward_after") -> list[float]:
     return [run[key] for run in results[name]["runs"]]
 
 
+def standard_error(numbers: list[float]) -> float:
+    """Of the mean; 0 for a single number, which says nothing of it."""
+    return statistics.stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else 0.0
+
+
 def mean_and_error(numbers: list[float], digits: int = 3) -> str:
     """Mean ± standard error over seeds; of a single seed the number alone."""
-    error = f" ± {statistics.stdev(numbers) / len(numbers) ** 0.5:.{digits}f}" if len(numbers) > 1 else ""
+    error = f" ± {standard_error(numbers):.{digits}f}" if len(numbers) > 1 else ""
     return f"{statistics.mean(numbers):.{digits}f}{error}"
 
 
@@ -348,7 +353,7 @@ def draw_intervals(results: dict, rows: dict[str, str]):
         ordered = sorted(rows.items(), key=lambda row: statistics.mean(values(results, row[1])))
         for height, (_, name) in enumerate(ordered):
             numbers = values(results, name)
-            error = statistics.stdev(numbers) / len(numbers) ** 0.5
+            error = standard_error(numbers)
             axes.plot(numbers, [height] * len(numbers), ".", color="C0", alpha=0.3)
             axes.errorbar(statistics.mean(numbers), height, xerr=error, fmt="o", color="C0", capsize=3)
         axes.set_yticks(range(len(ordered)), [label for label, _ in ordered])
@@ -363,7 +368,7 @@ def draw_kinds(results: dict, rows: dict[str, str], keys: list[str]):
         for color, key in enumerate(keys):
             for height, name in enumerate(reversed(rows.values())):
                 numbers, at = values(results, name, key), height + 0.2 * (1 - color)
-                error = statistics.stdev(numbers) / len(numbers) ** 0.5
+                error = standard_error(numbers)
                 label = key.rpartition("/")[2] if height == 0 else None
                 axes.errorbar(statistics.mean(numbers), at, xerr=error, fmt="o", color=f"C{color}", label=label)
         axes.set_yticks(range(len(rows)), list(reversed(rows)))
@@ -381,7 +386,7 @@ def draw_curves(results: dict, rows: dict[str, str], key: str, x: int = 1, scale
             points = [list(zip(*moment)) for moment in zip(*curves)]  # per logged step: steps, tokens, values
             at = [statistics.mean(point[x]) * scale for point in points]
             mean = [statistics.mean(point[2]) for point in points]
-            error = [statistics.stdev(point[2]) / len(point[2]) ** 0.5 for point in points]
+            error = [standard_error(point[2]) for point in points]
             axes.plot(at, mean, color=f"C{color}", label=label)
             low, high = ([m + sign * e for m, e in zip(mean, error)] for sign in (-1, 1))
             axes.fill_between(at, low, high, color=f"C{color}", alpha=0.2)
@@ -395,7 +400,7 @@ def draw_sweep(results: dict, points: dict[float, str], log: bool = True):
 
     def draw(axes):
         means = [statistics.mean(values(results, name)) for name in points.values()]
-        errors = [statistics.stdev(v) / len(v) ** 0.5 for v in (values(results, name) for name in points.values())]
+        errors = [standard_error(values(results, name)) for name in points.values()]
         axes.errorbar(list(points), means, yerr=errors, fmt="o-", capsize=3)
         if log:
             axes.set_xscale("log")
@@ -561,7 +566,8 @@ def report(results: dict, root: Path):
     replace_block(docs / "pad.md", "pad_correlations", table)
 
     reward, rows = "oracle reward of sampled answers", measured(results, METHODS)
-    figure(docs / "rewards.svg", draw_intervals(results, rows), "Reward after distillation, five seeds", reward, "")
+    title = f"Reward after distillation, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    figure(docs / "rewards.svg", draw_intervals(results, rows), title, reward, "")
     rows = {label: name for label, name in rows.items() if name in results}
     draw = draw_curves(results, rows, "eval/reward", scale=1e-3)
     figure(docs / "efficiency.svg", draw, "Sample efficiency", "response tokens trained on, thousands", reward)

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from unittest.mock import MagicMock
 
 import pytest
 from conftest import ROOT, read_jsonl
@@ -44,6 +45,19 @@ def test_a_changed_result_changes_the_tables(tmp_path, monkeypatch):
     compare.report(changed, tmp_path)
     different = {page for page in PAGES if (tmp_path / page).read_text() != (ROOT / page).read_text()}
     assert different == {"README.md", "docs/adpa.md", "docs/results.md"}
+
+
+def test_a_report_of_one_seed_has_no_intervals(tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    for page in PAGES:
+        shutil.copy(ROOT / page, tmp_path / page)
+    drawn, figures = MagicMock(), []  # axes: matplotlib is no requirement of the tests
+    monkeypatch.setattr(compare, "figure", lambda path, draw, title, *_, **how: figures.append((title, draw(drawn))))
+    compare.report({name: {**entry, "runs": entry["runs"][:1]} for name, entry in RESULTS.items()}, tmp_path)
+    assert "Reward after distillation, 1 seed" in dict(figures) and len(figures) == 6
+    intervals = [call.kwargs.get("xerr", call.kwargs.get("yerr")) for call in drawn.errorbar.call_args_list]
+    assert len(intervals) > 20 and {str(value) for value in intervals if not isinstance(value, list)} == {"0.0"}
+    assert f"| DCKD | {RESULTS['dckd']['runs'][0]['reward_after']:.3f} | " in (tmp_path / "README.md").read_text()
 
 
 def test_every_run_is_there_with_every_seed_and_the_command_that_made_it():
