@@ -433,7 +433,7 @@ def test_scores_of_another_program_are_weighed_with_this_runs_alpha(checkpoints,
     rows = []
     for row in scored(pairs, [[0.9, 0.5, 0.1], [0.2, 0.5, 0.51]])[1]:
         row = {key: row[key] for key in ("answers", "judgement", "p_a", "p_b")} | {"average_logp": [-1.0, -2.0, -4.0]}
-        rows.append(row | {"prompt": f"say {len(rows)}"})
+        rows.append(row | {"prompt": f"say {len(rows)}", "answers": [said["text"] for said in row["answers"]]})
     (tmp_path / "told.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = run_tiny("pad", **TINY | {"alpha": alpha}, scores=tmp_path / "told.jsonl")
     for row in rows:
