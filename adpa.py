@@ -153,7 +153,9 @@ def advantages(teacher_log_probs, reference_log_probs=None, clip=None, top_k=0) 
         advantage = advantage.clamp(*clip)
     if top_k:
         likeliest = teacher_log_probs.topk(min(top_k, teacher_log_probs.shape[-1])).indices
-        advantage = torch.zeros_like(advantage).scatter(-1, likeliest, advantage.gather(-1, likeliest))
+        advantage = torch.zeros_like(advantage).scatter(
+            -1, likeliest, advantage.gather(-1, likeliest)
+        )
     return advantage
 
 
@@ -167,24 +169,38 @@ def expected_advantage(student_log_probs: torch.Tensor, advantage: torch.Tensor)
 def main(args: Args):
     # ----------------------------------------------------------------------------------------------- the run folder
     for name, value in vars(args).items():
-        least = 1 if name.endswith(("_size", "_epochs", "_every", "_tokens", "_prompts", "_chunk")) else 0
+        least = (
+            1
+            if name.endswith(("_size", "_epochs", "_every", "_tokens", "_prompts", "_chunk"))
+            else 0
+        )
         if type(value) in (int, float) and not least <= value < math.inf:
             stop(f"--{name} {value} must be a number of at least {least}")
     started = time.time()
     run = Path(args.resume or args.output_dir or f"runs/adpa__{args.seed}__{int(started)}")
     if args.resume:  # a run goes on with the flags it began with
         if args != Args(resume=args.resume) or not (run / "args.json").exists():
-            stop(f"--resume {run} takes the folder of a run, which holds all flags, and no other flag")
+            stop(
+                f"--resume {run} takes the folder of a run, which holds all flags, and no other flag"
+            )
         with clearly(f"resume {run}"):
             args = Args(**{**json.loads((run / "args.json").read_text()), "overwrite": False})
-    elif run.exists() and any(run.iterdir()) and not (args.overwrite and (run / "args.json").exists()):
-        stop(f"{run} is not empty; --resume the run in it, --overwrite it, or choose another --output_dir")
+    elif (
+        run.exists()
+        and any(run.iterdir())
+        and not (args.overwrite and (run / "args.json").exists())
+    ):
+        stop(
+            f"{run} is not empty; --resume the run in it, --overwrite it, or choose another --output_dir"
+        )
 
     # ---------------------------------------------------------------------------------------------- models and data
     if args.advantage_clip and not args.advantage_clip[0] < args.advantage_clip[1]:
         stop(f"--advantage_clip {args.advantage_clip} must be a lower and a higher bound")
     with clearly(f"use --device {args.device}"):
-        device = torch.empty(0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        device = torch.empty(
+            0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        ).device
     student = LM(args.student, device, True, args.gradient_checkpointing, args.trust_remote_code)
     teacher = LM(args.teacher, device, remote_code=args.trust_remote_code)
     frozen = [teacher]
@@ -192,11 +208,15 @@ def main(args: Args):
         frozen.append(LM(args.teacher_ref, device, remote_code=args.trust_remote_code))
         shapes = [(lm.config.num_hidden_layers, lm.config.hidden_size) for lm in frozen]
         if shapes[0] != shapes[1]:
-            stop(f"--teacher_ref {args.teacher_ref} must be the model that --teacher was aligned from; sizes: {shapes}")
+            stop(
+                f"--teacher_ref {args.teacher_ref} must be the model that --teacher was aligned from; sizes: {shapes}"
+            )
     vocab_size = min(shared_vocab(student, lm) for lm in frozen)
     judge = load_reward(args.reward, device, args.trust_remote_code)
     limits = args.max_prompt_tokens, args.max_response_tokens
-    pairs = make_examples(student, read_rows(args.data, args.data_split), ("chosen", "rejected"), *limits)
+    pairs = make_examples(
+        student, read_rows(args.data, args.data_split), ("chosen", "rejected"), *limits
+    )
     rows = [example.row for example in pairs]
     held_out = make_examples(student, read_rows(args.eval_data, args.eval_split, ()), (), *limits)
     held_out = [example.row for example in held_out[: args.eval_prompts]]
@@ -209,8 +229,14 @@ def main(args: Args):
     def answer(lm: LM, temperature: float, rows: list[dict], number: int) -> list[dict]:
         """One answer {"text", "finished"} of `lm` to the prompt of every row; `number` is the first row's."""
         prompts = [lm.encode(row["prompt"])[0] for row in rows]
-        how = {"temperature": temperature, "max_new_tokens": args.max_response_tokens, "seed": args.seed + number}
-        return [answers[0] for answers in lm.sample(prompts, batch_size=args.sample_batch_size, **how)]
+        how = {
+            "temperature": temperature,
+            "max_new_tokens": args.max_response_tokens,
+            "seed": args.seed + number,
+        }
+        return [
+            answers[0] for answers in lm.sample(prompts, batch_size=args.sample_batch_size, **how)
+        ]
 
     def evaluate(lm: LM, rows: list[dict] = held_out, number: int = 0) -> list[dict]:
         """The same on held-out prompts, with the judge's reward."""
@@ -221,12 +247,18 @@ def main(args: Args):
     def mean_reward(answers: list[dict]) -> float:
         return statistics.mean(answer["reward"] for answer in answers)
 
-    before = stage(run / "eval_before.jsonl", held_out, partial(evaluate, student), args.sample_batch_size)
-    aligned = stage(run / "eval_teacher.jsonl", held_out, partial(evaluate, teacher), args.sample_batch_size)
+    before = stage(
+        run / "eval_before.jsonl", held_out, partial(evaluate, student), args.sample_batch_size
+    )
+    aligned = stage(
+        run / "eval_teacher.jsonl", held_out, partial(evaluate, teacher), args.sample_batch_size
+    )
 
     # ------------------------------------------------------------------ stage 1: ŷ, on which the advantage is taken
     if args.states in ("student", "teacher"):
-        write = partial(answer, student if args.states == "student" else teacher, args.sample_temperature)
+        write = partial(
+            answer, student if args.states == "student" else teacher, args.sample_temperature
+        )
         answers = stage(run / f"{args.states}_answers.jsonl", rows, write, args.sample_batch_size)
         rows = [{**row, args.states: answer} for row, answer in zip(rows, answers)]
     examples = make_examples(student, rows, ("chosen", args.states), *limits)
@@ -234,13 +266,21 @@ def main(args: Args):
     # ---------------------------------------------------------------------------------------------------- optimiser
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     total_steps = args.max_steps or args.num_epochs * steps_per_epoch
-    optimizer = torch.optim.AdamW(student.model.parameters(), args.learning_rate, weight_decay=args.weight_decay)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, math.ceil(args.warmup_ratio * total_steps), total_steps)
+    optimizer = torch.optim.AdamW(
+        student.model.parameters(), args.learning_rate, weight_decay=args.weight_decay
+    )
+    scheduler = get_cosine_schedule_with_warmup(
+        optimizer, math.ceil(args.warmup_ratio * total_steps), total_steps
+    )
     parts = {"model": student.model, "optimizer": optimizer, "scheduler": scheduler}
     first_step = load_checkpoint(run / "checkpoint.pt", **parts)
     metrics = run / "metrics.jsonl"
-    logged = metrics.read_text().split("\n")[:-1] if first_step else []  # not what a kill left behind the last break
-    metrics.write_text("".join(line + "\n" for line in logged if json.loads(line)["step"] <= first_step))
+    logged = (
+        metrics.read_text().split("\n")[:-1] if first_step else []
+    )  # not what a kill left behind the last break
+    metrics.write_text(
+        "".join(line + "\n" for line in logged if json.loads(line)["step"] <= first_step)
+    )
     if args.track == "wandb":
         import wandb
 
@@ -252,25 +292,41 @@ def main(args: Args):
 
     # ----------------------------------------------------------------------------------------------------- training
     seconds, tokens, shaping = 0.0, 0, {"clip": args.advantage_clip, "top_k": args.top_k}
-    for step in tqdm(range(first_step, total_steps), initial=first_step, total=total_steps, desc="training"):
+    for step in tqdm(
+        range(first_step, total_steps), initial=first_step, total=total_steps, desc="training"
+    ):
         tick, losses = time.time(), Counter()
         epoch, place = divmod(step, steps_per_epoch)
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
-        drawn = [examples[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]]
+        order = torch.randperm(
+            len(examples), generator=torch.Generator().manual_seed(args.seed + epoch)
+        ).tolist()
+        drawn = [
+            examples[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]
+        ]
         for start in range(0, len(drawn), args.micro_batch_size):
             micro = drawn[start : start + args.micro_batch_size]
-            batch = pack(micro, student)  # of every example two responses: the chosen answer y_w, then ŷ
-            states = pack([Example(row, prompt, responses[1:]) for row, prompt, responses in micro], *frozen)
+            batch = pack(
+                micro, student
+            )  # of every example two responses: the chosen answer y_w, then ŷ
+            states = pack(
+                [Example(row, prompt, responses[1:]) for row, prompt, responses in micro], *frozen
+            )
             hidden = student.hidden_states(batch)[batch.source]  # [N, H]
             on_state = batch.response_of % 2 == 1  # [N]
 
             # −(1/|y_w|) Σ_t log π_θ(y_w,t|s_t)
             scored = [(student, hidden[~on_state])]
-            logps = per_token(target_logps, batch.target_ids[~on_state], scored, vocab_size, args.logits_chunk)
-            sft = -response_means(logps, batch.response_of[~on_state], batch.lengths).view(-1, 2)[:, 0]  # [B]
+            logps = per_token(
+                target_logps, batch.target_ids[~on_state], scored, vocab_size, args.logits_chunk
+            )
+            sft = -response_means(logps, batch.response_of[~on_state], batch.lengths).view(-1, 2)[
+                :, 0
+            ]  # [B]
 
             # (1/|ŷ|) Σ_t Σ_a π_θ(a|ŝ_t) A(ŝ_t, a)
-            scored = [(student, hidden[on_state])] + [(lm, lm.hidden_states(states)[states.source]) for lm in frozen]
+            scored = [(student, hidden[on_state])] + [
+                (lm, lm.hidden_states(states)[states.source]) for lm in frozen
+            ]
             values = per_token(
                 lambda _, ours, *theirs: expected_advantage(ours, advantages(*theirs, **shaping)),
                 *(states.target_ids, scored, vocab_size, args.logits_chunk),
@@ -280,13 +336,18 @@ def main(args: Args):
             terms = {"sft": sft.sum() / len(drawn), "advantage": advantage.sum() / len(drawn)}
             loss = terms["sft"] - args.gamma * terms["advantage"]
             loss.backward()
-            losses.update({"total": loss.item(), **{name: term.item() for name, term in terms.items()}})
+            losses.update(
+                {"total": loss.item(), **{name: term.item() for name, term in terms.items()}}
+            )
             tokens += batch.target_ids.numel()
 
         # ------------------------------------------------------------------------------------------- optimiser step
         grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), args.max_grad_norm)
         if not math.isfinite(losses["total"] + grad_norm):
-            ids, what = [example.row["id"] for example in drawn], f"loss {losses['total']}, gradient norm {grad_norm}"
+            ids, what = (
+                [example.row["id"] for example in drawn],
+                f"loss {losses['total']}, gradient norm {grad_norm}",
+            )
             stop(f"{what} in step {step} on rows {ids}; {run} keeps the checkpoint before it")
         optimizer.step()
         scheduler.step()
@@ -297,9 +358,17 @@ def main(args: Args):
         seconds += time.time() - tick
         if done % args.log_every == 0 or done == total_steps:
             row = {f"losses/{name}": value for name, value in losses.items()}
-            row |= {"charts/learning_rate": scheduler.get_last_lr()[0], "charts/grad_norm": grad_norm.item()}
-            row |= {"charts/epoch": done / steps_per_epoch, "charts/tokens_per_second": tokens / seconds}
-            row["charts/tokens"] = tokens / (done - first_step) * done  # of the whole run, also when it was resumed
+            row |= {
+                "charts/learning_rate": scheduler.get_last_lr()[0],
+                "charts/grad_norm": grad_norm.item(),
+            }
+            row |= {
+                "charts/epoch": done / steps_per_epoch,
+                "charts/tokens_per_second": tokens / seconds,
+            }
+            row["charts/tokens"] = (
+                tokens / (done - first_step) * done
+            )  # of the whole run, also when it was resumed
         if done % args.eval_every == 0 or done == total_steps:
             row["eval/reward"] = mean_reward(evaluate(student))
         if row:
@@ -311,12 +380,21 @@ def main(args: Args):
             save_checkpoint(run / "checkpoint.pt", done, **parts)
 
     # ------------------------------------------------------------------------------------------------------ results
-    after = stage(run / "eval_after.jsonl", held_out, partial(evaluate, student), args.sample_batch_size)
+    after = stage(
+        run / "eval_after.jsonl", held_out, partial(evaluate, student), args.sample_batch_size
+    )
     with clearly(f"write {run / 'model'}"):
         student.model.save_pretrained(run / "model")
         student.tokenizer.save_pretrained(run / "model")
-    wins = [(new["reward"] > old["reward"]) + (new["reward"] == old["reward"]) / 2 for new, old in zip(after, before)]
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(0).ru_maxrss
+    wins = [
+        (new["reward"] > old["reward"]) + (new["reward"] == old["reward"]) / 2
+        for new, old in zip(after, before)
+    ]
+    memory = (
+        torch.cuda.max_memory_allocated()
+        if device.type == "cuda"
+        else 1024 * resource.getrusage(0).ru_maxrss
+    )
     summary = {
         "reward_before": mean_reward(before),
         "reward_after": mean_reward(after),
@@ -328,16 +406,27 @@ def main(args: Args):
         "peak_memory_bytes": memory,
         "seed": args.seed,
         "device": str(device),
-        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets", "tyro")},
+        **{
+            name: importlib.metadata.version(name)
+            for name in ("torch", "transformers", "datasets", "tyro")
+        },
     }
     (run / "summary.json").write_text(json.dumps(summary, indent=1))
-    answers = [{"before": old, "after": new, "teacher": best} for old, new, best in zip(before, after, aligned)]
+    answers = [
+        {"before": old, "after": new, "teacher": best}
+        for old, new, best in zip(before, after, aligned)
+    ]
     (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in answers))
     for sample in answers[:4]:
         print(f"\n{sample['before']['prompt'][-1]['content']}")
         for name, said in sample.items():
             print(f"  {name:<8}{said['reward']:6.2f}   {said['text']}")
-    print("\n" + ", ".join(f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float)))
+    print(
+        "\n"
+        + ", ".join(
+            f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float)
+        )
+    )
     print(f"everything is in {run}, the model in {run / 'model'}")
 
 
@@ -345,4 +434,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except OSError as error:  # a full disk, a folder without permission
-        stop(f"{error}; complete stages and checkpoints are kept: --resume the run when this is mended")
+        stop(
+            f"{error}; complete stages and checkpoints are kept: --resume the run when this is mended"
+        )

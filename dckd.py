@@ -130,7 +130,9 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------------------------- mathematics
-def forward_kl(teacher_log_probs: torch.Tensor, student_log_probs: torch.Tensor, top_k: int = 0) -> torch.Tensor:
+def forward_kl(
+    teacher_log_probs: torch.Tensor, student_log_probs: torch.Tensor, top_k: int = 0
+) -> torch.Tensor:
     """[N]: KL(π_teacher(·|s) ‖ π_θ(·|s)) of every state, from [N, V] and [N, V]. With `top_k` it is taken over k + 1
     events: the teacher's k likeliest tokens, and any other."""
     if 0 < top_k < teacher_log_probs.shape[-1]:
@@ -153,28 +155,44 @@ def with_rest(log_probs: torch.Tensor) -> torch.Tensor:
 def main(args: Args):
     # ----------------------------------------------------------------------------------------------- the run folder
     for name, value in vars(args).items():
-        least = 1 if name.endswith(("_size", "_epochs", "_every", "_tokens", "_prompts", "_chunk")) else 0
+        least = (
+            1
+            if name.endswith(("_size", "_epochs", "_every", "_tokens", "_prompts", "_chunk"))
+            else 0
+        )
         if type(value) in (int, float) and not least <= value < math.inf:
             stop(f"--{name} {value} must be a number of at least {least}")
     started = time.time()
     run = Path(args.resume or args.output_dir or f"runs/dckd__{args.seed}__{int(started)}")
     if args.resume:  # a run goes on with the flags it began with
         if args != Args(resume=args.resume) or not (run / "args.json").exists():
-            stop(f"--resume {run} takes the folder of a run, which holds all flags, and no other flag")
+            stop(
+                f"--resume {run} takes the folder of a run, which holds all flags, and no other flag"
+            )
         with clearly(f"resume {run}"):
             args = Args(**{**json.loads((run / "args.json").read_text()), "overwrite": False})
-    elif run.exists() and any(run.iterdir()) and not (args.overwrite and (run / "args.json").exists()):
-        stop(f"{run} is not empty; --resume the run in it, --overwrite it, or choose another --output_dir")
+    elif (
+        run.exists()
+        and any(run.iterdir())
+        and not (args.overwrite and (run / "args.json").exists())
+    ):
+        stop(
+            f"{run} is not empty; --resume the run in it, --overwrite it, or choose another --output_dir"
+        )
 
     # ---------------------------------------------------------------------------------------------- models and data
     with clearly(f"use --device {args.device}"):
-        device = torch.empty(0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        device = torch.empty(
+            0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        ).device
     student = LM(args.student, device, True, args.gradient_checkpointing, args.trust_remote_code)
     teacher = LM(args.teacher, device, remote_code=args.trust_remote_code)
     vocab_size = shared_vocab(student, teacher)
     judge = load_reward(args.reward, device, args.trust_remote_code)
     limits = args.max_prompt_tokens, args.max_response_tokens
-    examples = make_examples(student, read_rows(args.data, args.data_split), ("chosen", "rejected"), *limits)
+    examples = make_examples(
+        student, read_rows(args.data, args.data_split), ("chosen", "rejected"), *limits
+    )
     held_out = make_examples(student, read_rows(args.eval_data, args.eval_split, ()), (), *limits)
     held_out = [example.row for example in held_out[: args.eval_prompts]]
     if args.overwrite:  # only now: a run that cannot start replaces nothing
@@ -186,8 +204,14 @@ def main(args: Args):
     def answer(lm: LM, temperature: float, rows: list[dict], number: int) -> list[dict]:
         """One answer {"text", "finished"} of `lm` to the prompt of every row; `number` is the first row's."""
         prompts = [lm.encode(row["prompt"])[0] for row in rows]
-        how = {"temperature": temperature, "max_new_tokens": args.max_response_tokens, "seed": args.seed + number}
-        return [answers[0] for answers in lm.sample(prompts, batch_size=args.sample_batch_size, **how)]
+        how = {
+            "temperature": temperature,
+            "max_new_tokens": args.max_response_tokens,
+            "seed": args.seed + number,
+        }
+        return [
+            answers[0] for answers in lm.sample(prompts, batch_size=args.sample_batch_size, **how)
+        ]
 
     def evaluate(lm: LM, rows: list[dict] = held_out, number: int = 0) -> list[dict]:
         """The same on held-out prompts, with the judge's reward."""
@@ -198,19 +222,31 @@ def main(args: Args):
     def mean_reward(answers: list[dict]) -> float:
         return statistics.mean(answer["reward"] for answer in answers)
 
-    before = stage(run / "eval_before.jsonl", held_out, partial(evaluate, student), args.sample_batch_size)
-    aligned = stage(run / "eval_teacher.jsonl", held_out, partial(evaluate, teacher), args.sample_batch_size)
+    before = stage(
+        run / "eval_before.jsonl", held_out, partial(evaluate, student), args.sample_batch_size
+    )
+    aligned = stage(
+        run / "eval_teacher.jsonl", held_out, partial(evaluate, teacher), args.sample_batch_size
+    )
 
     # ---------------------------------------------------------------------------------------------------- optimiser
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     total_steps = args.max_steps or args.num_epochs * steps_per_epoch
-    optimizer = torch.optim.AdamW(student.model.parameters(), args.learning_rate, weight_decay=args.weight_decay)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, math.ceil(args.warmup_ratio * total_steps), total_steps)
+    optimizer = torch.optim.AdamW(
+        student.model.parameters(), args.learning_rate, weight_decay=args.weight_decay
+    )
+    scheduler = get_cosine_schedule_with_warmup(
+        optimizer, math.ceil(args.warmup_ratio * total_steps), total_steps
+    )
     parts = {"model": student.model, "optimizer": optimizer, "scheduler": scheduler}
     first_step = load_checkpoint(run / "checkpoint.pt", **parts)
     metrics = run / "metrics.jsonl"
-    logged = metrics.read_text().split("\n")[:-1] if first_step else []  # not what a kill left behind the last break
-    metrics.write_text("".join(line + "\n" for line in logged if json.loads(line)["step"] <= first_step))
+    logged = (
+        metrics.read_text().split("\n")[:-1] if first_step else []
+    )  # not what a kill left behind the last break
+    metrics.write_text(
+        "".join(line + "\n" for line in logged if json.loads(line)["step"] <= first_step)
+    )
     if args.track == "wandb":
         import wandb
 
@@ -222,17 +258,28 @@ def main(args: Args):
 
     # ----------------------------------------------------------------------------------------------------- training
     seconds, tokens = 0.0, 0
-    for step in tqdm(range(first_step, total_steps), initial=first_step, total=total_steps, desc="training"):
+    for step in tqdm(
+        range(first_step, total_steps), initial=first_step, total=total_steps, desc="training"
+    ):
         tick, losses = time.time(), Counter()
         epoch, place = divmod(step, steps_per_epoch)
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
-        drawn = [examples[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]]
+        order = torch.randperm(
+            len(examples), generator=torch.Generator().manual_seed(args.seed + epoch)
+        ).tolist()
+        drawn = [
+            examples[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]
+        ]
         for start in range(0, len(drawn), args.micro_batch_size):
             micro = drawn[start : start + args.micro_batch_size]
-            batch = pack(micro, student, teacher)  # two responses of every example: chosen, rejected
+            batch = pack(
+                micro, student, teacher
+            )  # two responses of every example: chosen, rejected
             scored = [(lm, lm.hidden_states(batch)[batch.source]) for lm in (student, teacher)]
             logps, kls = per_token(
-                lambda ids, ours, theirs: (target_logps(ids, ours), forward_kl(theirs, ours, args.top_k)),
+                lambda ids, ours, theirs: (
+                    target_logps(ids, ours),
+                    forward_kl(theirs, ours, args.top_k),
+                ),
                 *(batch.target_ids, scored, vocab_size, args.logits_chunk),
             )
             nll = -response_means(logps, batch.response_of, batch.lengths).view(-1, 2)  # [B, 2]
@@ -240,15 +287,24 @@ def main(args: Args):
 
             terms = {"sft": nll[:, 0], "kl_chosen": kl[:, 0], "kl_rejected": kl[:, 1]}
             terms = {name: term.sum() / len(drawn) for name, term in terms.items()}
-            loss = terms["sft"] + args.kl_chosen * terms["kl_chosen"] + args.kl_rejected * terms["kl_rejected"]
+            loss = (
+                terms["sft"]
+                + args.kl_chosen * terms["kl_chosen"]
+                + args.kl_rejected * terms["kl_rejected"]
+            )
             loss.backward()
-            losses.update({"total": loss.item(), **{name: term.item() for name, term in terms.items()}})
+            losses.update(
+                {"total": loss.item(), **{name: term.item() for name, term in terms.items()}}
+            )
             tokens += batch.target_ids.numel()
 
         # ------------------------------------------------------------------------------------------- optimiser step
         grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), args.max_grad_norm)
         if not math.isfinite(losses["total"] + grad_norm):
-            ids, what = [example.row["id"] for example in drawn], f"loss {losses['total']}, gradient norm {grad_norm}"
+            ids, what = (
+                [example.row["id"] for example in drawn],
+                f"loss {losses['total']}, gradient norm {grad_norm}",
+            )
             stop(f"{what} in step {step} on rows {ids}; {run} keeps the checkpoint before it")
         optimizer.step()
         scheduler.step()
@@ -259,9 +315,17 @@ def main(args: Args):
         seconds += time.time() - tick
         if done % args.log_every == 0 or done == total_steps:
             row = {f"losses/{name}": value for name, value in losses.items()}
-            row |= {"charts/learning_rate": scheduler.get_last_lr()[0], "charts/grad_norm": grad_norm.item()}
-            row |= {"charts/epoch": done / steps_per_epoch, "charts/tokens_per_second": tokens / seconds}
-            row["charts/tokens"] = tokens / (done - first_step) * done  # of the whole run, also when it was resumed
+            row |= {
+                "charts/learning_rate": scheduler.get_last_lr()[0],
+                "charts/grad_norm": grad_norm.item(),
+            }
+            row |= {
+                "charts/epoch": done / steps_per_epoch,
+                "charts/tokens_per_second": tokens / seconds,
+            }
+            row["charts/tokens"] = (
+                tokens / (done - first_step) * done
+            )  # of the whole run, also when it was resumed
         if done % args.eval_every == 0 or done == total_steps:
             row["eval/reward"] = mean_reward(evaluate(student))
         if row:
@@ -273,12 +337,21 @@ def main(args: Args):
             save_checkpoint(run / "checkpoint.pt", done, **parts)
 
     # ------------------------------------------------------------------------------------------------------ results
-    after = stage(run / "eval_after.jsonl", held_out, partial(evaluate, student), args.sample_batch_size)
+    after = stage(
+        run / "eval_after.jsonl", held_out, partial(evaluate, student), args.sample_batch_size
+    )
     with clearly(f"write {run / 'model'}"):
         student.model.save_pretrained(run / "model")
         student.tokenizer.save_pretrained(run / "model")
-    wins = [(new["reward"] > old["reward"]) + (new["reward"] == old["reward"]) / 2 for new, old in zip(after, before)]
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(0).ru_maxrss
+    wins = [
+        (new["reward"] > old["reward"]) + (new["reward"] == old["reward"]) / 2
+        for new, old in zip(after, before)
+    ]
+    memory = (
+        torch.cuda.max_memory_allocated()
+        if device.type == "cuda"
+        else 1024 * resource.getrusage(0).ru_maxrss
+    )
     summary = {
         "reward_before": mean_reward(before),
         "reward_after": mean_reward(after),
@@ -290,16 +363,27 @@ def main(args: Args):
         "peak_memory_bytes": memory,
         "seed": args.seed,
         "device": str(device),
-        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets", "tyro")},
+        **{
+            name: importlib.metadata.version(name)
+            for name in ("torch", "transformers", "datasets", "tyro")
+        },
     }
     (run / "summary.json").write_text(json.dumps(summary, indent=1))
-    answers = [{"before": old, "after": new, "teacher": best} for old, new, best in zip(before, after, aligned)]
+    answers = [
+        {"before": old, "after": new, "teacher": best}
+        for old, new, best in zip(before, after, aligned)
+    ]
     (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in answers))
     for sample in answers[:4]:
         print(f"\n{sample['before']['prompt'][-1]['content']}")
         for name, said in sample.items():
             print(f"  {name:<8}{said['reward']:6.2f}   {said['text']}")
-    print("\n" + ", ".join(f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float)))
+    print(
+        "\n"
+        + ", ".join(
+            f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float)
+        )
+    )
     print(f"everything is in {run}, the model in {run / 'model'}")
 
 
@@ -307,4 +391,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except OSError as error:  # a full disk, a folder without permission
-        stop(f"{error}; complete stages and checkpoints are kept: --resume the run when this is mended")
+        stop(
+            f"{error}; complete stages and checkpoints are kept: --resume the run when this is mended"
+        )

@@ -37,7 +37,18 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 import common
-from common import LM, Example, clearly, load_checkpoint, make_examples, pack, read_rows, save_checkpoint, stage, stop
+from common import (
+    LM,
+    Example,
+    clearly,
+    load_checkpoint,
+    make_examples,
+    pack,
+    read_rows,
+    save_checkpoint,
+    stage,
+    stop,
+)
 
 
 @dataclass
@@ -138,8 +149,12 @@ def edit_distance(a, b) -> int:
     """The fewest insertions, deletions and replacements that turn one sequence into the other (Levenshtein)."""
     row = list(range(len(b) + 1))  # from nothing to the first j of b
     for i, item in enumerate(a, 1):
-        best = [min(row[j] + (item != other), row[j + 1] + 1) for j, other in enumerate(b)]  # keep, replace or delete
-        row = list(itertools.accumulate(best, lambda left, other: min(left + 1, other), initial=i))  # or insert
+        best = [
+            min(row[j] + (item != other), row[j + 1] + 1) for j, other in enumerate(b)
+        ]  # keep, replace or delete
+        row = list(
+            itertools.accumulate(best, lambda left, other: min(left + 1, other), initial=i)
+        )  # or insert
     return row[-1]
 
 
@@ -147,11 +162,15 @@ def most_different(sequences: list, n: int) -> list:
     """n of them, if there are so many: the first, then each time the one whose nearest taken one is farthest."""
     taken = sequences[:1]
     for _ in sequences[1:n]:
-        taken.append(max(sequences, key=lambda one: min(edit_distance(one, other) for other in taken)))
+        taken.append(
+            max(sequences, key=lambda one: min(edit_distance(one, other) for other in taken))
+        )
     return taken
 
 
-def judgements(p_a: torch.Tensor, p_b: torch.Tensor, pairs: list[tuple[int, int]], n: int) -> torch.Tensor:
+def judgements(
+    p_a: torch.Tensor, p_b: torch.Tensor, pairs: list[tuple[int, int]], n: int
+) -> torch.Tensor:
     """[B, n]: s_mcq(i) = log( (1e-8 + Σ_{pairs∋i} p(i)) / (n − 1) ) from p(A) and p(B) [B, pairs], where `pairs` says
     which answers were A and B. If both orders of two answers are among them, p(i) is the mean of both."""
     a, b = torch.tensor(pairs, device=p_a.device).unbind(-1)
@@ -181,27 +200,45 @@ def vpd(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 def main(args: Args):
     # ----------------------------------------------------------------------------------------------- the run folder
     for name, value in vars(args).items():
-        least = 1 if name.endswith(("_size", "_epochs", "_every", "_tokens", "_prompts", "_chunk")) else 0
+        least = (
+            1
+            if name.endswith(("_size", "_epochs", "_every", "_tokens", "_prompts", "_chunk"))
+            else 0
+        )
         if type(value) in (int, float) and not least <= value < math.inf:
             stop(f"--{name} {value} must be a number of at least {least}")
     started = time.time()
     run = Path(args.resume or args.output_dir or f"runs/pad__{args.seed}__{int(started)}")
     if args.resume:  # a run goes on with the flags it began with
         if args != Args(resume=args.resume) or not (run / "args.json").exists():
-            stop(f"--resume {run} takes the folder of a run, which holds all flags, and no other flag")
+            stop(
+                f"--resume {run} takes the folder of a run, which holds all flags, and no other flag"
+            )
         with clearly(f"resume {run}"):
             args = Args(**{**json.loads((run / "args.json").read_text()), "overwrite": False})
-    elif run.exists() and any(run.iterdir()) and not (args.overwrite and (run / "args.json").exists()):
-        stop(f"{run} is not empty; --resume the run in it, --overwrite it, or choose another --output_dir")
+    elif (
+        run.exists()
+        and any(run.iterdir())
+        and not (args.overwrite and (run / "args.json").exists())
+    ):
+        stop(
+            f"{run} is not empty; --resume the run in it, --overwrite it, or choose another --output_dir"
+        )
 
     # ---------------------------------------------------------------------------------------------- models and data
     n = args.num_answers // max(args.rounds, 1)  # answers of a prompt in a round
     if not 2 <= n <= 6 or n * args.rounds != args.num_answers:
-        stop(f"--num_answers {args.num_answers} / --rounds {args.rounds} must be 2 to 6 (n! rankings): try more rounds")
+        stop(
+            f"--num_answers {args.num_answers} / --rounds {args.rounds} must be 2 to 6 (n! rankings): try more rounds"
+        )
     if args.num_samples < n or args.alpha > 1:
-        stop(f"--num_samples {args.num_samples} must be at least {n}, --alpha {args.alpha} at most 1")
+        stop(
+            f"--num_samples {args.num_samples} must be at least {n}, --alpha {args.alpha} at most 1"
+        )
     with clearly(f"use --device {args.device}"):
-        device = torch.empty(0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        device = torch.empty(
+            0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        ).device
     student = LM(args.student, device, True, args.gradient_checkpointing, args.trust_remote_code)
     teacher = LM(args.teacher, device, remote_code=args.trust_remote_code)
     judge = common.load_reward(args.reward, device, args.trust_remote_code)
@@ -221,8 +258,14 @@ def main(args: Args):
     def answer(lm: LM, temperature: float, rows: list[dict], number: int) -> list[dict]:
         """One answer {"text", "finished"} of `lm` to the prompt of every row; `number` is the first row's."""
         prompts = [lm.encode(row["prompt"])[0] for row in rows]
-        how = {"temperature": temperature, "max_new_tokens": args.max_response_tokens, "seed": args.seed + number}
-        return [answers[0] for answers in lm.sample(prompts, batch_size=args.sample_batch_size, **how)]
+        how = {
+            "temperature": temperature,
+            "max_new_tokens": args.max_response_tokens,
+            "seed": args.seed + number,
+        }
+        return [
+            answers[0] for answers in lm.sample(prompts, batch_size=args.sample_batch_size, **how)
+        ]
 
     def evaluate(lm: LM, rows: list[dict] = held_out, number: int = 0) -> list[dict]:
         """The same on held-out prompts, with the judge's reward."""
@@ -233,27 +276,52 @@ def main(args: Args):
     def mean_reward(answers: list[dict]) -> float:
         return statistics.mean(answer["reward"] for answer in answers)
 
-    before = stage(run / "eval_before.jsonl", held_out, partial(evaluate, student), args.sample_batch_size)
-    aligned = stage(run / "eval_teacher.jsonl", held_out, partial(evaluate, teacher), args.sample_batch_size)
+    before = stage(
+        run / "eval_before.jsonl", held_out, partial(evaluate, student), args.sample_batch_size
+    )
+    aligned = stage(
+        run / "eval_teacher.jsonl", held_out, partial(evaluate, teacher), args.sample_batch_size
+    )
 
     # ------------------------------------------------------------- stages 1 and 2 of a round: answers and their scores
     def sample(turn: int, rows: list[dict], number: int) -> list[dict]:
         """Of `num_samples` answers to the prompt of every row the n most different; fewer if there are not so many."""
-        how = {"n": args.num_samples, "temperature": args.sample_temperature, "batch_size": args.sample_batch_size}
-        how |= {"max_new_tokens": args.max_response_tokens, "seed": args.seed + turn * len(prompts) + number}
+        how = {
+            "n": args.num_samples,
+            "temperature": args.sample_temperature,
+            "batch_size": args.sample_batch_size,
+        }
+        how |= {
+            "max_new_tokens": args.max_response_tokens,
+            "seed": args.seed + turn * len(prompts) + number,
+        }
         several = student.sample([student.encode(row["prompt"])[0] for row in rows], **how)
-        texts = [{tuple(student.tokenizer(said["text"]).input_ids): said for said in answers} for answers in several]
-        return [{"answers": [said[text] for text in most_different(list(said), n)]} for said in texts]
+        texts = [
+            {tuple(student.tokenizer(said["text"]).input_ids): said for said in answers}
+            for answers in several
+        ]
+        return [
+            {"answers": [said[text] for text in most_different(list(said), n)]} for said in texts
+        ]
 
     def average_logps(lm: LM, examples: list[Example]) -> torch.Tensor:
         """[B, n]: (1/|y|) Σ_t log p(y_t|s_t) of n answers each. A token that the model excludes does not make it −∞."""
         batch = pack(examples, lm)
         scored = [(lm, lm.hidden_states(batch)[batch.source])]
-        logps = common.per_token(common.target_logps, batch.target_ids, scored, lm.vocab_size, args.logits_chunk)
-        return common.response_means(logps.clamp(min=-1e4), batch.response_of, batch.lengths).view(-1, n)
+        logps = common.per_token(
+            common.target_logps, batch.target_ids, scored, lm.vocab_size, args.logits_chunk
+        )
+        return common.response_means(logps.clamp(min=-1e4), batch.response_of, batch.lengths).view(
+            -1, n
+        )
 
-    pairs = list((itertools.permutations if args.swap_order else itertools.combinations)(range(n), 2))
-    letters = [[i for i in range(teacher.vocab_size) if teacher.tokenizer.decode([i]).strip() == x] for x in "AB"]
+    pairs = list(
+        (itertools.permutations if args.swap_order else itertools.combinations)(range(n), 2)
+    )
+    letters = [
+        [i for i in range(teacher.vocab_size) if teacher.tokenizer.decode([i]).strip() == x]
+        for x in "AB"
+    ]
 
     def weigh(rows: list[dict], _) -> list[dict]:
         """What the teacher said of answers, with the score that this run's α makes of it."""
@@ -262,49 +330,100 @@ def main(args: Args):
             rows = [{name: row[name] for name in kept} for row in rows]
             for row in rows:
                 said = zip(row["average_logp"], row["judgement"], row["answers"], strict=True)
-                row["score"] = [args.alpha * logp + (1 - args.alpha) * math.log(judged) for logp, judged, _ in said]
+                row["score"] = [
+                    args.alpha * logp + (1 - args.alpha) * math.log(judged)
+                    for logp, judged, _ in said
+                ]
         return rows
 
     def ask(rows: list[dict], number: int) -> list[dict]:
         """Of every answer the average log-prob, exp(s_mcq) and score; of every question p(A) and p(B)."""
         questions = []
         for row in rows:
-            request, texts = "\n".join(t["content"] for t in row["prompt"]), [said["text"] for said in row["answers"]]
+            request, texts = (
+                "\n".join(t["content"] for t in row["prompt"]),
+                [said["text"] for said in row["answers"]],
+            )
             questions += [JUDGE.format(prompt=request, a=texts[a], b=texts[b]) for a, b in pairs]
         ids = [teacher.encode([{"role": "user", "content": question}])[0] for question in questions]
         batch = pack([Example({}, question[:-1], [question[-1:]]) for question in ids], teacher)
-        probs = teacher.logits(teacher.hidden_states(batch)[batch.last], teacher.vocab_size).softmax(-1)  # [B·pairs, V]
-        p_a, p_b = (probs[:, tokens].sum(-1).view(len(rows), -1) for tokens in letters)  # [B, pairs]
-        logps = average_logps(teacher, [Example(row, *teacher.encode(row["prompt"], row["answers"])) for row in rows])
-        said = {"average_logp": logps, "judgement": judgements(p_a, p_b, pairs, n).exp(), "p_a": p_a, "p_b": p_b}
-        return weigh([row | {k: v[i].tolist() for k, v in said.items()} for i, row in enumerate(rows)], number)
+        probs = teacher.logits(
+            teacher.hidden_states(batch)[batch.last], teacher.vocab_size
+        ).softmax(-1)  # [B·pairs, V]
+        p_a, p_b = (
+            probs[:, tokens].sum(-1).view(len(rows), -1) for tokens in letters
+        )  # [B, pairs]
+        logps = average_logps(
+            teacher, [Example(row, *teacher.encode(row["prompt"], row["answers"])) for row in rows]
+        )
+        said = {
+            "average_logp": logps,
+            "judgement": judgements(p_a, p_b, pairs, n).exp(),
+            "p_a": p_a,
+            "p_b": p_b,
+        }
+        return weigh(
+            [row | {k: v[i].tolist() for k, v in said.items()} for i, row in enumerate(rows)],
+            number,
+        )
 
     def make_round(turn: int) -> tuple[list[Example], dict[str, float]]:
         """The examples of a round, and what is logged of the judge."""
-        rows, score = prompts, weigh if args.scores and turn == 1 else ask  # --scores has answers and what was said
+        rows, score = (
+            prompts,
+            weigh if args.scores and turn == 1 else ask,
+        )  # --scores has answers and what was said
         if score is ask:
-            rows = stage(run / f"samples_{turn}.jsonl", prompts, partial(sample, turn), args.sample_batch_size)
+            rows = stage(
+                run / f"samples_{turn}.jsonl",
+                prompts,
+                partial(sample, turn),
+                args.sample_batch_size,
+            )
         rows = [row for row in rows if len(row.get("answers", ())) == n]
         rows = stage(run / f"scores_{turn}.jsonl", rows, score, args.micro_batch_size // n or 1)
-        kept = [row for row in rows if args.alpha == 1 or min(row["judgement"]) <= 0.5 < max(row["judgement"])]
-        p_a, p_b = (torch.tensor([p for row in rows for p in row[name]]).mean().item() for name in ("p_a", "p_b"))
-        judged = {"mass": round(p_a + p_b, 4), "p_a": round(p_a, 4), "kept": len(kept) / len(prompts)}
-        print(f"round {turn}: {n} answers differ for {len(rows)} of {len(prompts)} prompts, {len(kept)} kept; {judged}")
+        kept = [
+            row
+            for row in rows
+            if args.alpha == 1 or min(row["judgement"]) <= 0.5 < max(row["judgement"])
+        ]
+        p_a, p_b = (
+            torch.tensor([p for row in rows for p in row[name]]).mean().item()
+            for name in ("p_a", "p_b")
+        )
+        judged = {
+            "mass": round(p_a + p_b, 4),
+            "p_a": round(p_a, 4),
+            "kept": len(kept) / len(prompts),
+        }
+        print(
+            f"round {turn}: {n} answers differ for {len(rows)} of {len(prompts)} prompts, {len(kept)} kept; {judged}"
+        )
         kept = [row | dict(enumerate(row["answers"])) for row in kept]
-        return make_examples(student, kept, range(n), *limits), {f"charts/judge_{k}": v for k, v in judged.items()}
+        return make_examples(student, kept, range(n), *limits), {
+            f"charts/judge_{k}": v for k, v in judged.items()
+        }
 
     examples, judged = make_round(1)
 
     # ---------------------------------------------------------------------------------------------------- optimiser
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     total_steps = args.max_steps or args.num_epochs * steps_per_epoch
-    optimizer = torch.optim.AdamW(student.model.parameters(), args.learning_rate, weight_decay=args.weight_decay)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, math.ceil(args.warmup_ratio * total_steps), total_steps)
+    optimizer = torch.optim.AdamW(
+        student.model.parameters(), args.learning_rate, weight_decay=args.weight_decay
+    )
+    scheduler = get_cosine_schedule_with_warmup(
+        optimizer, math.ceil(args.warmup_ratio * total_steps), total_steps
+    )
     parts = {"model": student.model, "optimizer": optimizer, "scheduler": scheduler}
     first_step = load_checkpoint(run / "checkpoint.pt", **parts)
     metrics = run / "metrics.jsonl"
-    logged = metrics.read_text().split("\n")[:-1] if first_step else []  # not what a kill left behind the last break
-    metrics.write_text("".join(line + "\n" for line in logged if json.loads(line)["step"] <= first_step))
+    logged = (
+        metrics.read_text().split("\n")[:-1] if first_step else []
+    )  # not what a kill left behind the last break
+    metrics.write_text(
+        "".join(line + "\n" for line in logged if json.loads(line)["step"] <= first_step)
+    )
     if args.track == "wandb":
         import wandb
 
@@ -316,15 +435,21 @@ def main(args: Args):
 
     # ----------------------------------------------------------------------------------------------------- training
     seconds, tokens, distance = 0.0, 0, {"ppd": ppd, "vpd": vpd}[args.loss]
-    for step in tqdm(range(first_step, total_steps), initial=first_step, total=total_steps, desc="training"):
+    for step in tqdm(
+        range(first_step, total_steps), initial=first_step, total=total_steps, desc="training"
+    ):
         turn, place = divmod(step, math.ceil(total_steps / args.rounds))
         if turn and (place == 0 or step == first_step):
             save_checkpoint(run / "checkpoint.pt", step, **parts)  # of the student that answers now
             examples, judged = make_round(turn + 1)
         tick, losses = time.time(), Counter()
         epoch, place = divmod(place, math.ceil(len(examples) / args.batch_size))
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
-        drawn = [examples[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]]
+        order = torch.randperm(
+            len(examples), generator=torch.Generator().manual_seed(args.seed + epoch)
+        ).tolist()
+        drawn = [
+            examples[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]
+        ]
         for start in range(0, len(drawn), args.micro_batch_size):
             micro = drawn[start : start + args.micro_batch_size]
             ours = average_logps(student, micro)  # [B, n]
@@ -337,7 +462,10 @@ def main(args: Args):
         # ------------------------------------------------------------------------------------------- optimiser step
         grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), args.max_grad_norm)
         if not math.isfinite(losses["total"] + grad_norm):
-            ids, what = [example.row["id"] for example in drawn], f"loss {losses['total']}, gradient norm {grad_norm}"
+            ids, what = (
+                [example.row["id"] for example in drawn],
+                f"loss {losses['total']}, gradient norm {grad_norm}",
+            )
             stop(f"{what} in step {step} on rows {ids}; {run} keeps the checkpoint before it")
         optimizer.step()
         scheduler.step()
@@ -348,9 +476,17 @@ def main(args: Args):
         seconds += time.time() - tick
         if done % args.log_every == 0 or done == total_steps:
             row = {f"losses/{name}": value for name, value in losses.items()}
-            row |= {"charts/learning_rate": scheduler.get_last_lr()[0], "charts/grad_norm": grad_norm.item()}
-            row |= {"charts/epoch": done / steps_per_epoch, "charts/tokens_per_second": tokens / seconds}
-            row["charts/tokens"] = tokens / (done - first_step) * done  # of the whole run, also when it was resumed
+            row |= {
+                "charts/learning_rate": scheduler.get_last_lr()[0],
+                "charts/grad_norm": grad_norm.item(),
+            }
+            row |= {
+                "charts/epoch": done / steps_per_epoch,
+                "charts/tokens_per_second": tokens / seconds,
+            }
+            row["charts/tokens"] = (
+                tokens / (done - first_step) * done
+            )  # of the whole run, also when it was resumed
             row |= judged
         if done % args.eval_every == 0 or done == total_steps:
             row["eval/reward"] = mean_reward(evaluate(student))
@@ -363,12 +499,21 @@ def main(args: Args):
             save_checkpoint(run / "checkpoint.pt", done, **parts)
 
     # ------------------------------------------------------------------------------------------------------ results
-    after = stage(run / "eval_after.jsonl", held_out, partial(evaluate, student), args.sample_batch_size)
+    after = stage(
+        run / "eval_after.jsonl", held_out, partial(evaluate, student), args.sample_batch_size
+    )
     with clearly(f"write {run / 'model'}"):
         student.model.save_pretrained(run / "model")
         student.tokenizer.save_pretrained(run / "model")
-    wins = [(new["reward"] > old["reward"]) + (new["reward"] == old["reward"]) / 2 for new, old in zip(after, before)]
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(0).ru_maxrss
+    wins = [
+        (new["reward"] > old["reward"]) + (new["reward"] == old["reward"]) / 2
+        for new, old in zip(after, before)
+    ]
+    memory = (
+        torch.cuda.max_memory_allocated()
+        if device.type == "cuda"
+        else 1024 * resource.getrusage(0).ru_maxrss
+    )
     summary = {
         "reward_before": mean_reward(before),
         "reward_after": mean_reward(after),
@@ -380,16 +525,27 @@ def main(args: Args):
         "peak_memory_bytes": memory,
         "seed": args.seed,
         "device": str(device),
-        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets", "tyro")},
+        **{
+            name: importlib.metadata.version(name)
+            for name in ("torch", "transformers", "datasets", "tyro")
+        },
     }
     (run / "summary.json").write_text(json.dumps(summary, indent=1))
-    answers = [{"before": old, "after": new, "teacher": best} for old, new, best in zip(before, after, aligned)]
+    answers = [
+        {"before": old, "after": new, "teacher": best}
+        for old, new, best in zip(before, after, aligned)
+    ]
     (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in answers))
     for sample in answers[:4]:
         print(f"\n{sample['before']['prompt'][-1]['content']}")
         for name, said in sample.items():
             print(f"  {name:<8}{said['reward']:6.2f}   {said['text']}")
-    print("\n" + ", ".join(f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float)))
+    print(
+        "\n"
+        + ", ".join(
+            f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float)
+        )
+    )
     print(f"everything is in {run}, the model in {run / 'model'}")
 
 
@@ -397,4 +553,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except OSError as error:  # a full disk, a folder without permission
-        stop(f"{error}; complete stages and checkpoints are kept: --resume the run when this is mended")
+        stop(
+            f"{error}; complete stages and checkpoints are kept: --resume the run when this is mended"
+        )

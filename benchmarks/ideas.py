@@ -19,7 +19,17 @@ from pathlib import Path
 import torch
 import tyro
 
-from benchmarks.shared import QUICK, RESULTS, VOCABULARIES, PeakMemory, clock, load, machine, markdown, record
+from benchmarks.shared import (
+    QUICK,
+    RESULTS,
+    VOCABULARIES,
+    PeakMemory,
+    clock,
+    load,
+    machine,
+    markdown,
+    record,
+)
 from benchmarks.step import Case, draw_examples, run_loop, training_loop
 from common import LM, Example, pack
 
@@ -61,7 +71,9 @@ def with_mask(examples: list[Example], *models: LM):
     """`pack` with the mask and the positions spelled out also where a row holds one response: it is causal."""
     batch = pack(examples, *models)
     rows, width = batch.input_ids.shape
-    batch.attention_mask = torch.ones(width, width, dtype=torch.bool).tril().expand(rows, 1, width, width)
+    batch.attention_mask = (
+        torch.ones(width, width, dtype=torch.bool).tril().expand(rows, 1, width, width)
+    )
     batch.attention_mask = batch.attention_mask.contiguous().to(batch.input_ids.device)
     batch.position_ids = torch.arange(width, device=batch.input_ids.device).expand(rows, width)
     return batch
@@ -73,10 +85,18 @@ def together(models: tuple[LM, ...]):
     backbone = models[0].model.base_model
 
     def one(weights, buffers, batch):
-        inputs = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids, "use_cache": False}
-        return torch.func.functional_call(backbone, (weights, buffers), (batch.input_ids,), inputs).last_hidden_state
+        inputs = {
+            "attention_mask": batch.attention_mask,
+            "position_ids": batch.position_ids,
+            "use_cache": False,
+        }
+        return torch.func.functional_call(
+            backbone, (weights, buffers), (batch.input_ids,), inputs
+        ).last_hidden_state
 
-    return torch.no_grad()(lambda batch: torch.vmap(partial(one, batch=batch))(weights, buffers).sum().item())
+    return torch.no_grad()(
+        lambda batch: torch.vmap(partial(one, batch=batch))(weights, buffers).sum().item()
+    )
 
 
 def main(args: Args) -> dict:
@@ -107,7 +127,9 @@ def main(args: Args) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         student = load(Path(folder), args.shape, vocab_size, 0, device, True)
-        teacher, other = (load(Path(folder), args.shape, vocab_size, seed, device) for seed in (1, 2))
+        teacher, other = (
+            load(Path(folder), args.shape, vocab_size, seed, device) for seed in (1, 2)
+        )
         small = 8 if args.quick else 1
 
         def step(examples: list[Example], chunk=10**9, micro=10**9) -> float:
@@ -127,11 +149,17 @@ def main(args: Args) -> dict:
         def plain() -> float:
             return step(pairs)
 
-        try_out("no recomputation where one chunk suffices", lambda: step(pairs, tokens // 2 + 1), plain)
+        try_out(
+            "no recomputation where one chunk suffices", lambda: step(pairs, tokens // 2 + 1), plain
+        )
 
         mixed = [drawn(2, prompt=64 * 2**power)[i] for i in (0, 1) for power in range(4)]
         alike = sorted(mixed, key=lambda example: len(example.prompt))
-        try_out("micro-batches of similar length", lambda: step(mixed, micro=4), lambda: step(alike, micro=4))
+        try_out(
+            "micro-batches of similar length",
+            lambda: step(mixed, micro=4),
+            lambda: step(alike, micro=4),
+        )
 
         def alone(make) -> float:
             batch = make(drawn(4, n=1), student)
@@ -140,7 +168,9 @@ def main(args: Args) -> dict:
             student.model.zero_grad()
             return loss.item()
 
-        try_out("no mask where a row holds one response", lambda: alone(with_mask), lambda: alone(pack))
+        try_out(
+            "no mask where a row holds one response", lambda: alone(with_mask), lambda: alone(pack)
+        )
 
         @torch.no_grad()
         def scored(lms, batches) -> float:
@@ -148,9 +178,17 @@ def main(args: Args) -> dict:
 
         lms, frozen, batch = (student, teacher), (teacher, other), pack(pairs, teacher)
         two = lambda: scored(lms, [pack(pairs, lm) for lm in lms])  # noqa: E731
-        try_out("one packed batch for student and teacher", two, lambda: scored(lms, [pack(pairs, *lms)] * 2))
+        try_out(
+            "one packed batch for student and teacher",
+            two,
+            lambda: scored(lms, [pack(pairs, *lms)] * 2),
+        )
         stacked = together(frozen)
-        try_out("two teachers as one stacked model", lambda: scored(frozen, [batch] * 2), lambda: stacked(batch))
+        try_out(
+            "two teachers as one stacked model",
+            lambda: scored(frozen, [batch] * 2),
+            lambda: stacked(batch),
+        )
 
         def in_bf16() -> float:
             with replaced(LM, "logits", bf16_logits):
@@ -178,7 +216,12 @@ def main(args: Args) -> dict:
             try_out("torch.compile of the student's backbone", plain, compiled)
             results["torch.compile of the student's backbone"]["compile_seconds"] = compiling
 
-    result = {"args": vars(args), "machine": machine(device), "ideas": results, "seconds": time.time() - started}
+    result = {
+        "args": vars(args),
+        "machine": machine(device),
+        "ideas": results,
+        "seconds": time.time() - started,
+    }
     record(Path(args.output), "ideas", result, {"ideas": table(result)})
     return result
 
@@ -190,7 +233,15 @@ def table(result: dict) -> str:
         memory = [idea[way]["step_bytes"] / 1e9 for way in ("without", "with")]
         rows.append([name, *(f"{value:.3f}" for value in times), f"{times[0] / times[1]:.2f}×"])
         rows[-1] += [*(f"{value:.2f}" for value in memory), f"{idea['difference']:.0e}"]
-    header = ["idea", "without, s", "with, s", "speed", "without, GB", "with, GB", "change of the loss"]
+    header = [
+        "idea",
+        "without, s",
+        "with, s",
+        "speed",
+        "without, GB",
+        "with, GB",
+        "change of the loss",
+    ]
     return markdown(header, rows)
 
 

@@ -20,7 +20,17 @@ import torch
 import transformers
 import tyro
 
-from benchmarks.shared import QUICK, RESULTS, VOCABULARIES, PeakMemory, clock, load, machine, markdown, record
+from benchmarks.shared import (
+    QUICK,
+    RESULTS,
+    VOCABULARIES,
+    PeakMemory,
+    clock,
+    load,
+    machine,
+    markdown,
+    record,
+)
 from common import LM
 
 
@@ -57,14 +67,18 @@ def plain(lm: LM, prompts, *, n, temperature, max_new_tokens, batch_size, seed) 
     tokenizer.padding_side = "left"
     how = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
     how |= {"temperature": temperature, "top_k": 0} if temperature > 0 else {}
-    config = transformers.GenerationConfig(**how, eos_token_id=lm.end_ids, pad_token_id=tokenizer.pad_token_id)
+    config = transformers.GenerationConfig(
+        **how, eos_token_id=lm.end_ids, pad_token_id=tokenizer.pad_token_id
+    )
     torch.manual_seed(seed)
     step = batch_size // n
     for some in (prompts[start : start + step] for start in range(0, len(prompts), step)):
         some = [prompt for prompt in some for _ in range(n)]
         batch = tokenizer.pad({"input_ids": some}, return_tensors="pt").to(lm.device)
         with lm.autocast():
-            new = lm.model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1] :]
+            new = lm.model.generate(**batch, generation_config=config)[
+                :, batch["input_ids"].shape[1] :
+            ]
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
         answers += [[{"text": text} for text in texts[i : i + n]] for i in range(0, len(texts), n)]
     return answers
@@ -72,26 +86,54 @@ def plain(lm: LM, prompts, *, n, temperature, max_new_tokens, batch_size, seed) 
 
 def main(args: Args) -> dict:
     if args.quick:
-        args.student, args.prompts, args.longest, args.max_new_tokens, args.repeats = "tiny", 8, 64, 8, 2
+        args.student, args.prompts, args.longest, args.max_new_tokens, args.repeats = (
+            "tiny",
+            8,
+            64,
+            8,
+            2,
+        )
         args.output = QUICK if args.output == RESULTS else args.output
     if args.threads:
         torch.set_num_threads(args.threads)
-    device, started = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")), time.time()
+    device, started = (
+        torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        time.time(),
+    )
     generator, steps = torch.Generator().manual_seed(0), max(1, args.prompts - 1)
-    lengths = [round(args.shortest * (args.longest / args.shortest) ** (i / steps)) for i in range(args.prompts)]
+    lengths = [
+        round(args.shortest * (args.longest / args.shortest) ** (i / steps))
+        for i in range(args.prompts)
+    ]
     lengths = [lengths[i] for i in torch.randperm(args.prompts, generator=generator).tolist()]
     with tempfile.TemporaryDirectory() as folder:
-        lm = load(Path(folder), args.student, 1024 if args.quick else VOCABULARIES["49k"], 0, device)
-        prompts = [torch.randint(3, lm.vocab_size, (length,), generator=generator).tolist() for length in lengths]
-        ways, results = {"plain generate": lambda *a, **k: plain(lm, *a, **k), "prefdistill": lm.sample}, {}
+        lm = load(
+            Path(folder), args.student, 1024 if args.quick else VOCABULARIES["49k"], 0, device
+        )
+        prompts = [
+            torch.randint(3, lm.vocab_size, (length,), generator=generator).tolist()
+            for length in lengths
+        ]
+        ways, results = (
+            {"plain generate": lambda *a, **k: plain(lm, *a, **k), "prefdistill": lm.sample},
+            {},
+        )
         for n in (1, 4):
             how = {"n": n, "max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
-            some, seconds, peaks, greedy = prompts[:: 1 if n == 1 else 4], {name: [] for name in ways}, {}, {}
+            some, seconds, peaks, greedy = (
+                prompts[:: 1 if n == 1 else 4],
+                {name: [] for name in ways},
+                {},
+                {},
+            )
             for name, way in ways.items():
                 with PeakMemory(device) as memory:
                     greedy[name] = way(some, temperature=0.0, seed=0, **how)
                 peaks[name] = memory.peak
-            texts = [[answer["text"] for answers in made for answer in answers] for made in greedy.values()]
+            texts = [
+                [answer["text"] for answers in made for answer in answers]
+                for made in greedy.values()
+            ]
             if texts[0] != texts[1]:
                 raise SystemExit("error: greedy answers of the two ways differ")
             for repeat in range(args.repeats):
@@ -102,9 +144,16 @@ def main(args: Args) -> dict:
             results[f"n={n}"] = {
                 "prompt_lengths": list(map(len, some)),
                 "sampled_tokens": len(some) * n * args.max_new_tokens,
-                "ways": {name: {"seconds": seconds[name], "peak_bytes": peaks[name]} for name in ways},
+                "ways": {
+                    name: {"seconds": seconds[name], "peak_bytes": peaks[name]} for name in ways
+                },
             }
-    result = {"args": vars(args), "machine": machine(device), "cases": results, "seconds": time.time() - started}
+    result = {
+        "args": vars(args),
+        "machine": machine(device),
+        "cases": results,
+        "seconds": time.time() - started,
+    }
     record(Path(args.output), "sampling", result, {"sampling": table(result)})
     return result
 
@@ -112,12 +161,17 @@ def main(args: Args) -> dict:
 def table(result: dict) -> str:
     rows = []
     for name, case in result["cases"].items():
-        speeds = {w: case["sampled_tokens"] / statistics.median(v["seconds"]) for w, v in case["ways"].items()}
+        speeds = {
+            w: case["sampled_tokens"] / statistics.median(v["seconds"])
+            for w, v in case["ways"].items()
+        }
         for way, speed in speeds.items():
             memory = case["ways"][way]["peak_bytes"] / 1e9
             ratio = f"{speed / speeds['plain generate']:.2f}×"
             rows.append([name, way, f"{speed:.1f}", ratio, f"{memory:.2f}"])
-    return markdown(["answers to a prompt", "way", "sampled tokens/s", "speed", "peak memory, GB"], rows)
+    return markdown(
+        ["answers to a prompt", "way", "sampled tokens/s", "speed", "peak memory, GB"], rows
+    )
 
 
 if __name__ == "__main__":

@@ -18,15 +18,40 @@ from common import LM
 HERE = Path(__file__).parent
 RESULTS, QUICK = str(HERE / "results.json"), str(HERE.parent / "runs" / "benchmarks.json")
 SHAPES = {  # of public checkpoints, from their config.json; weights are random and nothing is downloaded
-    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    "tiny": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     | {"intermediate_size": 128, "tie_word_embeddings": True},
-    "smollm2-135m": {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
     | {"intermediate_size": 1536, "tie_word_embeddings": True},
-    "smollm2-135m/10": {"hidden_size": 576, "num_hidden_layers": 3, "num_attention_heads": 9, "num_key_value_heads": 3}
+    "smollm2-135m/10": {
+        "hidden_size": 576,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
     | {"intermediate_size": 1536, "tie_word_embeddings": True},
-    "llama-3.2-1b": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
+    "llama-3.2-1b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
     | {"intermediate_size": 8192, "head_dim": 64, "tie_word_embeddings": True},
-    "llama-3.1-8b": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    "llama-3.1-8b": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
     | {"intermediate_size": 14336, "head_dim": 128, "tie_word_embeddings": False},
 }
 VOCABULARIES = {"49k": 49152, "128k": 128256}  # SmolLM2's and Llama 3's
@@ -52,9 +77,19 @@ def checkpoint(folder: Path, shape: str, vocab_size: int, seed: int) -> Path:
     return path
 
 
-def load(folder: Path, shape: str, vocab_size: int, seed: int, device: torch.device, trains=False, bf16=False) -> LM:
+def load(
+    folder: Path,
+    shape: str,
+    vocab_size: int,
+    seed: int,
+    device: torch.device,
+    trains=False,
+    bf16=False,
+) -> LM:
     """A shape's name, or any folder or hub id, as the LM that the scripts train and score with."""
-    lm = LM(checkpoint(folder, shape, vocab_size, seed) if shape in SHAPES else shape, device, trains)
+    lm = LM(
+        checkpoint(folder, shape, vocab_size, seed) if shape in SHAPES else shape, device, trains
+    )
     if bf16:  # the scripts do this on a GPU; on a CPU it is something to compare
         lm.autocast = lambda: torch.autocast(device.type, torch.bfloat16)
     return lm
@@ -73,7 +108,11 @@ def clock(device: torch.device) -> float:
     """Seconds; with a single thread those of the process, which a busy machine hardly changes."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.process_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
+    return (
+        time.process_time()
+        if device.type == "cpu" and torch.get_num_threads() == 1
+        else time.perf_counter()
+    )
 
 
 class PeakMemory:
@@ -100,7 +139,9 @@ class PeakMemory:
 
     @staticmethod
     def status(field: str) -> int:
-        return 1024 * int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+        return 1024 * int(
+            re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]
+        )
 
 
 def machine(device: torch.device) -> dict:
@@ -113,7 +154,11 @@ def machine(device: torch.device) -> dict:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu[1] if cpu else platform.processor(),
+        "device": torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else cpu[1]
+        if cpu
+        else platform.processor(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "load average at the end": round(os.getloadavg()[0], 2),
@@ -123,14 +168,21 @@ def machine(device: torch.device) -> dict:
 
 
 def markdown(header: list[str], rows: list[list]) -> str:
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in (header, ["---"] * len(header), *rows))
+    return "\n".join(
+        f"| {' | '.join(map(str, line))} |" for line in (header, ["---"] * len(header), *rows)
+    )
 
 
 def fill(text: str, tables: dict[str, str]) -> str:
     """A page with what stands between `<!-- results:NAME -->` and `<!-- /results -->` replaced by the tables."""
     for name, table in tables.items():
         marks = rf"(<!-- results:{re.escape(name)} -->\n).*?(<!-- /results -->)"
-        text = re.sub(marks, lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text, flags=re.DOTALL)
+        text = re.sub(
+            marks,
+            lambda found, table=table: f"{found[1]}{table}\n{found[2]}",
+            text,
+            flags=re.DOTALL,
+        )
     return text
 
 
@@ -143,5 +195,7 @@ def record(output: Path, name: str, result: dict, tables: dict[str, str]):
     if str(output) == RESULTS:
         page = HERE / "README.md"
         page.write_text(fill(page.read_text(), tables))
-    print("\n\n".join(f"{name}\n{table}" for name, table in tables.items() if table.count("\n") > 1))
+    print(
+        "\n\n".join(f"{name}\n{table}" for name, table in tables.items() if table.count("\n") > 1)
+    )
     print(f"\neverything is in {output}")

@@ -49,7 +49,10 @@ from benchmarks.shared import (
 )
 from common import LM, Example
 
-TOLERANCE = {False: 1e-3, True: 2e-2}  # of a loss in float32 and under bfloat16 autocast, relative where it is above 1
+TOLERANCE = {
+    False: 1e-3,
+    True: 2e-2,
+}  # of a loss in float32 and under bfloat16 autocast, relative where it is above 1
 
 
 @dataclass
@@ -109,13 +112,22 @@ class Padded:
     """A batch of one row per response, padded on the right, and [R, T-1, V] float32 log-probs of models on it."""
 
     def __init__(self, examples: list[Example], device: torch.device):
-        rows = [(prompt + response, len(prompt)) for _, prompt, responses in examples for response in responses]
+        rows = [
+            (prompt + response, len(prompt))
+            for _, prompt, responses in examples
+            for response in responses
+        ]
         width = max(len(row) for row, _ in rows)
         ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in rows])
         place = torch.arange(width)
-        ends, starts = torch.tensor([len(row) for row, _ in rows]), torch.tensor([start for _, start in rows])
+        ends, starts = (
+            torch.tensor([len(row) for row, _ in rows]),
+            torch.tensor([start for _, start in rows]),
+        )
         self.ids, self.attention_mask = ids.to(device), (place < ends[:, None]).long().to(device)
-        self.scored = ((place >= starts[:, None]) & (place < ends[:, None]))[:, 1:].to(device)  # [R, T-1]
+        self.scored = ((place >= starts[:, None]) & (place < ends[:, None]))[:, 1:].to(
+            device
+        )  # [R, T-1]
         self.last = (ends - 1).to(device)
 
     def outputs(self, lm: LM, **how):
@@ -142,10 +154,14 @@ def padded_dckd(script, args, examples, student, teacher, **_):
 
 def padded_adpa(script, args, examples, student, frozen, **_):
     batch = Padded(examples, student.device)
-    states = Padded([Example(row, prompt, responses[1:]) for row, prompt, responses in examples], student.device)
+    states = Padded(
+        [Example(row, prompt, responses[1:]) for row, prompt, responses in examples], student.device
+    )
     ours = batch.log_probs(student)
     sft = -batch.means(batch.target_logps(ours)).view(-1, 2)[:, 0]
-    advantage = script.advantages(*map(states.log_probs, frozen))  # [B, T-1, V], with T of the states alone
+    advantage = script.advantages(
+        *map(states.log_probs, frozen)
+    )  # [B, T-1, V], with T of the states alone
     values = script.expected_advantage(ours[1::2, : advantage.shape[1]], advantage)
     return (sft - args.gamma * states.means(values)).mean()
 
@@ -166,14 +182,25 @@ def padded_pad(script, args, examples, student, n, distance, **_):
 
 def padded_rm_distiller(script, args, examples, student, teacher, **_):
     """Pairs as rows through the backbone and the reward head, answers y_T as rows through the language model."""
-    pairs = Padded([Example(row, prompt, responses[:2]) for row, prompt, responses in examples], student.device)
+    pairs = Padded(
+        [Example(row, prompt, responses[:2]) for row, prompt, responses in examples], student.device
+    )
     with student.autocast():
-        hidden = student.model.base_model(pairs.ids, attention_mask=pairs.attention_mask).last_hidden_state
-    better, worse = student.model.score(hidden[range(len(hidden)), pairs.last].float()).view(-1, 2).unbind(1)
+        hidden = student.model.base_model(
+            pairs.ids, attention_mask=pairs.attention_mask
+        ).last_hidden_state
+    better, worse = (
+        student.model.score(hidden[range(len(hidden)), pairs.last].float()).view(-1, 2).unbind(1)
+    )
     margins = torch.tensor([row["margin"] for row, *_ in examples]).to(better)
-    loss = script.pair_loss(better, worse, args.margin_scale * margins if args.margin else None).mean()
+    loss = script.pair_loss(
+        better, worse, args.margin_scale * margins if args.margin else None
+    ).mean()
     if args.kl_coef:
-        answers = Padded([Example(row, prompt, responses[2:]) for row, prompt, responses in examples], student.device)
+        answers = Padded(
+            [Example(row, prompt, responses[2:]) for row, prompt, responses in examples],
+            student.device,
+        )
         theirs, ours = map(answers.log_probs, (teacher, student))
         loss = loss + args.kl_coef * answers.means(script.forward_kl(theirs, ours)).mean()
     return loss
@@ -183,10 +210,18 @@ def padded_rm_distiller(script, args, examples, student, teacher, **_):
 def training_loop(script):
     """The code of a script's micro-batch loop, forward to backward, with the functions inside `main` that it calls."""
     main = ast.parse(textwrap.dedent(inspect.getsource(script.main))).body[0]
-    loops = [node for node in ast.walk(main) if isinstance(node, ast.For) and "len(drawn)" in ast.unparse(node.iter)]
+    loops = [
+        node
+        for node in ast.walk(main)
+        if isinstance(node, ast.For) and "len(drawn)" in ast.unparse(node.iter)
+    ]
     called = {node.id for node in ast.walk(loops[0]) if isinstance(node, ast.Name)}
-    helpers = [node for node in main.body if isinstance(node, ast.FunctionDef) and node.name in called]
-    return compile(ast.Module([*helpers, loops[0]], []), f"{script.__name__}.py: training loop", "exec")
+    helpers = [
+        node for node in main.body if isinstance(node, ast.FunctionDef) and node.name in called
+    ]
+    return compile(
+        ast.Module([*helpers, loops[0]], []), f"{script.__name__}.py: training loop", "exec"
+    )
 
 
 def run_loop(code, script, examples, **names) -> float:
@@ -205,18 +240,29 @@ def trl_trainer(case: Case, args, student: LM, teacher: LM, bf16: bool, folder: 
     from transformers import AutoModelForSequenceClassification
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    how = {"output_dir": str(folder / "trl"), "report_to": [], "bf16": bf16, "use_cpu": student.device.type == "cpu"}
+    how = {
+        "output_dir": str(folder / "trl"),
+        "report_to": [],
+        "bf16": bf16,
+        "use_cpu": student.device.type == "cpu",
+    }
     how |= {"max_length": None, "per_device_train_batch_size": case.examples}
     text = Dataset.from_list([{"prompt": "t5 t6 ", "chosen": "t7 ", "rejected": "t8 "}])
     models = {"model": student.model, "processing_class": student.tokenizer, "train_dataset": text}
 
     def pairs(examples):
         keys = "prompt_ids", "chosen_ids", "rejected_ids"
-        return trainer.data_collator([dict(zip(keys, (prompt, *responses))) for _, prompt, responses in examples])
+        return trainer.data_collator(
+            [dict(zip(keys, (prompt, *responses))) for _, prompt, responses in examples]
+        )
 
     def whole_pairs(examples):
-        both = [[prompt + response for response in responses[:2]] for _, prompt, responses in examples]
-        return trainer.data_collator([{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in both])
+        both = [
+            [prompt + response for response in responses[:2]] for _, prompt, responses in examples
+        ]
+        return trainer.data_collator(
+            [{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in both]
+        )
 
     def rows(examples):
         batch = Padded(examples, student.device)
@@ -228,15 +274,23 @@ def trl_trainer(case: Case, args, student: LM, teacher: LM, bf16: bool, folder: 
     def token_kl(examples):
         batch = Padded(examples, student.device)
         script = importlib.import_module(case.script)
-        return script.forward_kl(*map(batch.log_probs, (teacher, student)))[batch.scored].mean().item()
+        return (
+            script.forward_kl(*map(batch.log_probs, (teacher, student)))[batch.scored].mean().item()
+        )
 
     if case.script == "dpkd":
         loss = "sigmoid_norm" if args.length_normalize else "sigmoid"
         config = trl.DPOConfig(**how, beta=args.beta, loss_type=[loss])
-        trainer, collate, expected = trl.DPOTrainer(**models, ref_model=teacher.model, args=config), pairs, None
+        trainer, collate, expected = (
+            trl.DPOTrainer(**models, ref_model=teacher.model, args=config),
+            pairs,
+            None,
+        )
     elif case.script == "rm_distiller":
         config = trl.RewardConfig(**how)
-        with torch.device("meta"):  # the class that the trainer wants, around the weights that the others train
+        with torch.device(
+            "meta"
+        ):  # the class that the trainer wants, around the weights that the others train
             shape = copy.deepcopy(student.config)
             shape.num_labels = 1
             model = AutoModelForSequenceClassification.from_config(shape)
@@ -246,7 +300,11 @@ def trl_trainer(case: Case, args, student: LM, teacher: LM, bf16: bool, folder: 
         trainer, collate, expected = trl.RewardTrainer(**models, args=config), whole_pairs, None
     elif case.script == "dckd":
         config = GKDConfig(**how, beta=0.0, lmbda=0.0)  # the forward KL, on the data's own answers
-        trainer, collate, expected = GKDTrainer(**models, teacher_model=teacher.model, args=config), rows, token_kl
+        trainer, collate, expected = (
+            GKDTrainer(**models, teacher_model=teacher.model, args=config),
+            rows,
+            token_kl,
+        )
     trainer.current_gradient_accumulation_steps = 1  # which `train` sets before its first step
     return trainer, collate, expected
 
@@ -264,19 +322,30 @@ GROUPS = {  # operators by what they do, for the profile
 def measure(case: Case, args: Args, folder: Path, device: torch.device, profiled: bool) -> dict:
     """One case: the ways' losses compared, then their seconds, memory and floating-point operations."""
     vocab_size = VOCABULARIES.get(case.vocab) or int(case.vocab)
-    shapes = [args.student, args.teacher] if case.table in ("methods", "bf16") else [args.growth] * 2
+    shapes = (
+        [args.student, args.teacher] if case.table in ("methods", "bf16") else [args.growth] * 2
+    )
     bf16 = case.bf16 or device.type == "cuda"
     student = load(folder, shapes[0], vocab_size, 0, device, True, bf16)
-    frozen = [load(folder, shapes[1], vocab_size, seed, device, bf16=bf16) for seed in FROZEN[case.script]]
+    frozen = [
+        load(folder, shapes[1], vocab_size, seed, device, bf16=bf16) for seed in FROZEN[case.script]
+    ]
     script = importlib.import_module(case.script)
     flags = script.Args(logits_chunk=case.chunk, micro_batch_size=case.examples, **dict(case.flags))
     examples = draw_examples(case, vocab_size)
-    names = {"student": student, "teacher": frozen[0] if frozen else None, "frozen": frozen, "vocab_size": vocab_size}
+    names = {
+        "student": student,
+        "teacher": frozen[0] if frozen else None,
+        "frozen": frozen,
+        "vocab_size": vocab_size,
+    }
     names |= {"args": flags, "shaping": {}, "corpus": [], "n": case.n}
     names["distance"] = getattr(script, getattr(flags, "loss", ""), None)
     if case.script == "rm_distiller":
         torch.manual_seed(0)
-        student.model.score = torch.nn.Linear(student.config.hidden_size, 1, bias=False, device=device)
+        student.model.score = torch.nn.Linear(
+            student.config.hidden_size, 1, bias=False, device=device
+        )
         names |= {"generation": flags.kl_coef > 0, "guide": frozen[0]}
 
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=0.0, weight_decay=0.0)
@@ -287,7 +356,9 @@ def measure(case: Case, args: Args, folder: Path, device: torch.device, profiled
 
     code, padded = training_loop(script), globals()[f"padded_{case.script}"]
     if any(way.startswith("TRL") for way in case.ways):
-        trainer, collate, expected = trl_trainer(case, flags, student, names["teacher"], bf16, folder)
+        trainer, collate, expected = trl_trainer(
+            case, flags, student, names["teacher"], bf16, folder
+        )
 
     def step(way: str) -> float:
         """One step of a way; returns its loss."""
@@ -313,24 +384,37 @@ def measure(case: Case, args: Args, folder: Path, device: torch.device, profiled
     for way in case.ways:
         with PeakMemory(device) as memory, FlopCounterMode(display=False) as flops:
             loss = step(way)
-        ways[way] = {"loss": loss, "alive_bytes": memory.start, "peak_bytes": memory.peak, "seconds": []}
+        ways[way] = {
+            "loss": loss,
+            "alive_bytes": memory.start,
+            "peak_bytes": memory.peak,
+            "seconds": [],
+        }
         ways[way]["flops"] = flops.get_total_flops()
     first = ways["prefdistill"]["loss"]
     for way, result in ways.items():
         should = expected(examples) if way.startswith("TRL") and expected else first
         if abs(result["loss"] - should) > TOLERANCE[bf16] * max(1, abs(should)):
-            raise SystemExit(f"error: {case.name}: the loss of {way} is {result['loss']}, not {should}")
+            raise SystemExit(
+                f"error: {case.name}: the loss of {way} is {result['loss']}, not {should}"
+            )
 
     order, peaks = list(ways), []
     for _ in range(args.repeats * case.timed):
-        peaks.append(matmul_peak(device, torch.bfloat16 if bf16 else torch.float32, 256 if args.quick else 2048))
+        peaks.append(
+            matmul_peak(
+                device, torch.bfloat16 if bf16 else torch.float32, 256 if args.quick else 2048
+            )
+        )
         for way in order:
             tick = clock(device)
             step(way)
             ways[way]["seconds"].append(clock(device) - tick)
         order = order[1:] + order[:1]
     result = {**asdict(case), "ways": ways, "matmul_flops_per_second": peaks}
-    result["response_tokens"] = sum(len(response) for example in examples for response in example.responses)
+    result["response_tokens"] = sum(
+        len(response) for example in examples for response in example.responses
+    )
     if profiled:
         result["profile"] = {way: profile(step, way, device) for way in ("padded", "prefdistill")}
     return result
@@ -345,7 +429,10 @@ def draw_examples(case: Case, vocab_size: int) -> list[Example]:
 
     number = range(case.examples)
     row = {"margin": 5.0, "score": torch.randn(case.n, generator=generator).tolist()}
-    return [Example({"id": i, **row}, draw(case.prompt), [draw(case.answer) for _ in range(case.n)]) for i in number]
+    return [
+        Example({"id": i, **row}, draw(case.prompt), [draw(case.answer) for _ in range(case.n)])
+        for i in number
+    ]
 
 
 def profile(step, way: str, device: torch.device) -> dict[str, float]:
@@ -354,13 +441,21 @@ def profile(step, way: str, device: torch.device) -> dict[str, float]:
     with torch.profiler.profile() as profiler:
         step(way)
     for event in profiler.key_averages():
-        group = next((name for name, pattern in GROUPS.items() if re.search(pattern, event.key)), "other")
+        group = next(
+            (name for name, pattern in GROUPS.items() if re.search(pattern, event.key)), "other"
+        )
         seconds[group] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
     return {name: seconds[name] / seconds.total() for name in (*GROUPS, "other")}
 
 
 # ------------------------------------------------------------------------------------------------------------- cases
-FROZEN = {"dckd": [1], "adpa": [1, 2], "dpkd": [1], "pad": [], "rm_distiller": [1]}  # seeds of the frozen models
+FROZEN = {
+    "dckd": [1],
+    "adpa": [1, 2],
+    "dpkd": [1],
+    "pad": [],
+    "rm_distiller": [1],
+}  # seeds of the frozen models
 
 
 def cases(args: Args) -> list[Case]:
@@ -384,7 +479,11 @@ def cases(args: Args) -> list[Case]:
     found += [Case("prompt", "dckd", prompt=P, **size) for P in (64, 128, 256, 512)]
     for case in found:
         if args.quick:
-            case.prompt, case.answer, case.chunk = case.prompt // 8, case.answer // 8, case.chunk // 8
+            case.prompt, case.answer, case.chunk = (
+                case.prompt // 8,
+                case.answer // 8,
+                case.chunk // 8,
+            )
             case.vocab = {"49k": "1024", "128k": "2048"}.get(case.vocab, case.vocab)
         if not importlib.util.find_spec("trl"):
             case.ways = case.ways[:2]
@@ -410,20 +509,37 @@ def tables(result: dict) -> dict[str, str]:
         ]
         made[name] = markdown(header, rows)
     for name, (title, value) in GROWTH.items():
-        some = [case for case in cases if case["table"] == name]  # seconds and memory of a step, both ways
-        header = [title, "padded, s", "prefdistill, s", "speed", "padded, GB", "prefdistill, GB", "memory"]
+        some = [
+            case for case in cases if case["table"] == name
+        ]  # seconds and memory of a step, both ways
+        header = [
+            title,
+            "padded, s",
+            "prefdistill, s",
+            "speed",
+            "padded, GB",
+            "prefdistill, GB",
+            "memory",
+        ]
         made[name] = markdown(header, [[value(case), *compared(case)] for case in some])
     rows = [
-        [name, *map(percent, shares.values())] for case in cases for name, shares in case.get("profile", {}).items()
+        [name, *map(percent, shares.values())]
+        for case in cases
+        for name, shares in case.get("profile", {}).items()
     ]
     made["profile"] = markdown(["", *GROUPS, "other"], rows)
-    made["machine"] = markdown(["", ""], [[name, value] for name, value in result["machine"].items()])
+    made["machine"] = markdown(
+        ["", ""], [[name, value] for name, value in result["machine"].items()]
+    )
     return made
 
 
 GROWTH = {  # tables of growth: heading of the first column, and its value for a case
     "tokens": ("response tokens", lambda case: case["response_tokens"]),
-    "vocabulary": ("vocabulary", lambda case: f"{VOCABULARIES.get(case['vocab']) or int(case['vocab']):,}"),
+    "vocabulary": (
+        "vocabulary",
+        lambda case: f"{VOCABULARIES.get(case['vocab']) or int(case['vocab']):,}",
+    ),
     "n": ("responses of a prompt", lambda case: case["n"]),
     "prompt": ("prompt tokens at most", lambda case: case["prompt"]),
 }
@@ -440,10 +556,18 @@ def percent(share: float) -> str:
 def method_rows(case: dict) -> list[list]:
     peak, rows = statistics.median(case["matmul_flops_per_second"]), []
     for name, way in case["ways"].items():
-        rows.append([f"{case['script']} {case['note']}".strip(), case["n"], name, f"{seconds(way):.2f}"])
+        rows.append(
+            [f"{case['script']} {case['note']}".strip(), case["n"], name, f"{seconds(way):.2f}"]
+        )
         rows[-1] += [f"{seconds(case['ways']['padded']) / seconds(way):.2f}×"]
-        rows[-1] += [f"{case['response_tokens'] / seconds(way):.0f}", percent(way["flops"] / seconds(way) / peak)]
-        rows[-1] += [f"{way['peak_bytes'] / 1e9:.2f}", f"{(way['peak_bytes'] - way['alive_bytes']) / 1e9:.2f}"]
+        rows[-1] += [
+            f"{case['response_tokens'] / seconds(way):.0f}",
+            percent(way["flops"] / seconds(way) / peak),
+        ]
+        rows[-1] += [
+            f"{way['peak_bytes'] / 1e9:.2f}",
+            f"{(way['peak_bytes'] - way['alive_bytes']) / 1e9:.2f}",
+        ]
     return rows
 
 
@@ -468,13 +592,22 @@ def main(args: Args) -> dict:
     started, measured, profiled = time.time(), [], set()
     with tempfile.TemporaryDirectory() as folder:
         for case in tqdm(cases(args)):
-            measured.append(measure(case, args, Path(folder), device, case.table == "methods" and not profiled))
+            measured.append(
+                measure(case, args, Path(folder), device, case.table == "methods" and not profiled)
+            )
             profiled.add("profile" in measured[-1])
             tqdm.write(
                 f"{case.name}: "
-                + ", ".join(f"{k} {seconds(v):.3f} s" for k, v in measured[-1]["ways"].items() if case.timed)
+                + ", ".join(
+                    f"{k} {seconds(v):.3f} s" for k, v in measured[-1]["ways"].items() if case.timed
+                )
             )
-    result = {"args": vars(args), "machine": machine(device), "cases": measured, "seconds": time.time() - started}
+    result = {
+        "args": vars(args),
+        "machine": machine(device),
+        "cases": measured,
+        "seconds": time.time() - started,
+    }
     record(Path(args.output), "step", result, tables(result))
     return result
 

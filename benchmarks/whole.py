@@ -38,10 +38,14 @@ def run(script: str, folder: Path, flags: list[str]) -> dict[str, float]:
     """Seconds of every stage of one run."""
     started = time.time()
     command = [sys.executable, f"{script}.py", "--output_dir", str(folder), *flags]
-    subprocess.run(command, cwd=HERE.parent, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        command, cwd=HERE.parent, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     ended = {"imports": folder / "args.json", "training": folder / "checkpoint.pt"}
     ended |= {
-        path.stem: path for path in folder.glob("*.jsonl") if path.stem not in ("metrics", "samples", "eval_after")
+        path.stem: path
+        for path in folder.glob("*.jsonl")
+        if path.stem not in ("metrics", "samples", "eval_after")
     }
     times, stages, last = {name: path.stat().st_mtime for name, path in ended.items()}, {}, started
     for name, end in sorted(times.items(), key=lambda item: item[1]):

@@ -135,7 +135,9 @@ DEFAULTS = {  # of a loss, from seeds 101 to 103 of the playground
 
 
 # ------------------------------------------------------------------------------------------------------- mathematics
-def dpo_loss(student_logps: torch.Tensor, reference_logps: torch.Tensor, beta: float) -> torch.Tensor:
+def dpo_loss(
+    student_logps: torch.Tensor, reference_logps: torch.Tensor, beta: float
+) -> torch.Tensor:
     """[B]: −log σ(β log[π_θ(y_w)/π_ref(y_w)] − β log[π_θ(y_l)/π_ref(y_l)]) (DPO, equation 7), from the log-probs [2·B]
     of answers, summed over their tokens, chosen before rejected."""
     rewards = beta * (student_logps - reference_logps).view(-1, 2)  # [B, 2]
@@ -153,7 +155,9 @@ def reverse_kl(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor)
     """[N]: KL(π_θ(·|s) ‖ π_teacher(·|s)) = Σ_a π_θ(a|s) (log π_θ(a|s) − log π_teacher(a|s)) of every state (MiniLLM,
     equation 1, one token at a time), from [N, V] and [N, V]."""
     log_ratios = student_log_probs - teacher_log_probs
-    log_ratios = log_ratios.masked_fill(student_log_probs.isneginf(), 0.0)  # p log p is 0 at p = 0; computed it is NaN
+    log_ratios = log_ratios.masked_fill(
+        student_log_probs.isneginf(), 0.0
+    )  # p log p is 0 at p = 0; computed it is NaN
     return (student_log_probs.exp() * log_ratios).sum(-1)
 
 
@@ -161,18 +165,26 @@ def reverse_kl(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor)
 def main(args: Args):
     # ----------------------------------------------------------------------------------------------- the run folder
     for name, value in vars(args).items():
-        least = 1 if name.endswith(("_size", "_epochs", "_every", "_tokens", "_prompts", "_chunk")) else 0
+        least = (
+            1
+            if name.endswith(("_size", "_epochs", "_every", "_tokens", "_prompts", "_chunk"))
+            else 0
+        )
         if type(value) in (int, float) and not least <= value < math.inf:
             stop(f"--{name} {value} must be a number of at least {least}")
     started = time.time()
     run = Path(args.resume or args.output_dir or f"runs/{args.loss}__{args.seed}__{int(started)}")
     if args.resume:  # a run goes on with the flags it began with
         if args != Args(resume=args.resume) or not (run / "args.json").exists():
-            stop(f"--resume {run} takes the folder of a run, which holds all flags, and no other flag")
+            stop(
+                f"--resume {run} takes the folder of a run, which holds all flags, and no other flag"
+            )
         args = Args(**json.loads((run / "args.json").read_text()))
     elif run.exists() and any(run.iterdir()):
         if not (args.overwrite and (run / "args.json").exists()):
-            stop(f"{run} is not empty; --resume the run in it, --overwrite it, or choose another --output_dir")
+            stop(
+                f"{run} is not empty; --resume the run in it, --overwrite it, or choose another --output_dir"
+            )
         shutil.rmtree(run)
     for name, value in DEFAULTS[args.loss].items():
         setattr(args, name, getattr(args, name) or value)
@@ -190,7 +202,9 @@ def main(args: Args):
     judge = load_reward(args.reward, device, args.trust_remote_code)
     limits = args.max_prompt_tokens, args.max_response_tokens
     columns = () if args.loss == "reverse_kl" else ("chosen", "rejected")
-    examples = make_examples(student, read_rows(args.data, args.data_split, columns), columns, *limits)
+    examples = make_examples(
+        student, read_rows(args.data, args.data_split, columns), columns, *limits
+    )
     held_out = make_examples(student, read_rows(args.eval_data, args.eval_split, ()), (), *limits)
     held_out = [example.row for example in held_out[: args.eval_prompts]]
 
@@ -198,8 +212,14 @@ def main(args: Args):
     def answer(lm: LM, temperature: float, rows: list[dict], number: int) -> list[dict]:
         """One answer {"text", "finished"} of `lm` to the prompt of every row; `number` is the first row's."""
         prompts = [lm.encode(row["prompt"])[0] for row in rows]
-        how = {"temperature": temperature, "max_new_tokens": args.max_response_tokens, "seed": args.seed + number}
-        return [answers[0] for answers in lm.sample(prompts, batch_size=args.sample_batch_size, **how)]
+        how = {
+            "temperature": temperature,
+            "max_new_tokens": args.max_response_tokens,
+            "seed": args.seed + number,
+        }
+        return [
+            answers[0] for answers in lm.sample(prompts, batch_size=args.sample_batch_size, **how)
+        ]
 
     def evaluate(lm: LM, rows: list[dict] = held_out, number: int = 0) -> list[dict]:
         """The same on held-out prompts, with the judge's reward."""
@@ -210,14 +230,22 @@ def main(args: Args):
     def mean_reward(answers: list[dict]) -> float:
         return statistics.mean(answer["reward"] for answer in answers)
 
-    before = stage(run / "eval_before.jsonl", held_out, partial(evaluate, student), args.sample_batch_size)
-    aligned = stage(run / "eval_teacher.jsonl", held_out, partial(evaluate, teacher), args.sample_batch_size)
+    before = stage(
+        run / "eval_before.jsonl", held_out, partial(evaluate, student), args.sample_batch_size
+    )
+    aligned = stage(
+        run / "eval_teacher.jsonl", held_out, partial(evaluate, teacher), args.sample_batch_size
+    )
 
     # ---------------------------------------------------------------------------------------------------- optimiser
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     total_steps = args.max_steps or args.num_epochs * steps_per_epoch
-    optimizer = torch.optim.AdamW(student.model.parameters(), args.learning_rate, weight_decay=args.weight_decay)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, math.ceil(args.warmup_ratio * total_steps), total_steps)
+    optimizer = torch.optim.AdamW(
+        student.model.parameters(), args.learning_rate, weight_decay=args.weight_decay
+    )
+    scheduler = get_cosine_schedule_with_warmup(
+        optimizer, math.ceil(args.warmup_ratio * total_steps), total_steps
+    )
     parts = {"model": student.model, "optimizer": optimizer, "scheduler": scheduler}
     first_step = load_checkpoint(run / "checkpoint.pt", **parts)
     metrics = run / "metrics.jsonl"
@@ -234,18 +262,31 @@ def main(args: Args):
 
     # ----------------------------------------------------------------------------------------------------- training
     seconds, tokens = 0.0, 0
-    for step in tqdm(range(first_step, total_steps), initial=first_step, total=total_steps, desc="training"):
+    for step in tqdm(
+        range(first_step, total_steps), initial=first_step, total=total_steps, desc="training"
+    ):
         tick, losses = time.time(), Counter()
         epoch, place = divmod(step, steps_per_epoch)
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
-        drawn = [examples[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]]
+        order = torch.randperm(
+            len(examples), generator=torch.Generator().manual_seed(args.seed + epoch)
+        ).tolist()
+        drawn = [
+            examples[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]
+        ]
         if args.loss == "reverse_kl":  # y, sampled by the student of this very step
             said = answer(student, 1.0, [example.row for example in drawn], step)
-            drawn = [Example(row, *student.encode(row["prompt"], [y])) for (row, _, _), y in zip(drawn, said)]
-            drawn = [example for example in drawn if example.responses[0]]  # not one that said nothing and did not end
+            drawn = [
+                Example(row, *student.encode(row["prompt"], [y]))
+                for (row, _, _), y in zip(drawn, said)
+            ]
+            drawn = [
+                example for example in drawn if example.responses[0]
+            ]  # not one that said nothing and did not end
         for start in range(0, len(drawn), args.micro_batch_size):
             micro = drawn[start : start + args.micro_batch_size]
-            batch = pack(micro, *models)  # two responses of every example, chosen and rejected; or y alone
+            batch = pack(
+                micro, *models
+            )  # two responses of every example, chosen and rejected; or y alone
             scored = [(lm, lm.hidden_states(batch)[batch.source]) for lm in models]
             if args.loss == "reverse_kl":
                 kls = per_token(
@@ -255,10 +296,14 @@ def main(args: Args):
                 term = response_means(kls, batch.response_of, batch.lengths)  # [B]
             else:
                 logps = per_token(
-                    lambda ids, *log_probs: tuple(target_logps(ids, values) for values in log_probs),
+                    lambda ids, *log_probs: tuple(
+                        target_logps(ids, values) for values in log_probs
+                    ),
                     *(batch.target_ids, scored, vocab_size, args.logits_chunk),
                 )
-                means = [response_means(values, batch.response_of, batch.lengths) for values in logps]  # [2·B] each
+                means = [
+                    response_means(values, batch.response_of, batch.lengths) for values in logps
+                ]  # [2·B] each
                 if args.loss == "dpo":
                     term = dpo_loss(*(mean * batch.lengths for mean in means), args.beta)  # [B]
                 else:
@@ -271,7 +316,9 @@ def main(args: Args):
         # ------------------------------------------------------------------------------------------- optimiser step
         if not math.isfinite(losses["total"]):
             ids = [example.row["id"] for example in drawn]
-            stop(f"loss {losses['total']} in step {step} on rows {ids}; {run} keeps the checkpoint before it")
+            stop(
+                f"loss {losses['total']} in step {step} on rows {ids}; {run} keeps the checkpoint before it"
+            )
         grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), args.max_grad_norm)
         optimizer.step()
         scheduler.step()
@@ -282,9 +329,17 @@ def main(args: Args):
         seconds += time.time() - tick
         if done % args.log_every == 0 or done == total_steps:
             row = {f"losses/{name}": value for name, value in losses.items()}
-            row |= {"charts/learning_rate": scheduler.get_last_lr()[0], "charts/grad_norm": grad_norm.item()}
-            row |= {"charts/epoch": done / steps_per_epoch, "charts/tokens_per_second": tokens / seconds}
-            row["charts/tokens"] = tokens / (done - first_step) * done  # of the whole run, also when it was resumed
+            row |= {
+                "charts/learning_rate": scheduler.get_last_lr()[0],
+                "charts/grad_norm": grad_norm.item(),
+            }
+            row |= {
+                "charts/epoch": done / steps_per_epoch,
+                "charts/tokens_per_second": tokens / seconds,
+            }
+            row["charts/tokens"] = (
+                tokens / (done - first_step) * done
+            )  # of the whole run, also when it was resumed
         if done % args.eval_every == 0 or done == total_steps:
             row["eval/reward"] = mean_reward(evaluate(student))
         if row:
@@ -296,11 +351,20 @@ def main(args: Args):
             save_checkpoint(run / "checkpoint.pt", done, **parts)
 
     # ------------------------------------------------------------------------------------------------------ results
-    after = stage(run / "eval_after.jsonl", held_out, partial(evaluate, student), args.sample_batch_size)
+    after = stage(
+        run / "eval_after.jsonl", held_out, partial(evaluate, student), args.sample_batch_size
+    )
     student.model.save_pretrained(run / "model")
     student.tokenizer.save_pretrained(run / "model")
-    wins = [(new["reward"] > old["reward"]) + (new["reward"] == old["reward"]) / 2 for new, old in zip(after, before)]
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(0).ru_maxrss
+    wins = [
+        (new["reward"] > old["reward"]) + (new["reward"] == old["reward"]) / 2
+        for new, old in zip(after, before)
+    ]
+    memory = (
+        torch.cuda.max_memory_allocated()
+        if device.type == "cuda"
+        else 1024 * resource.getrusage(0).ru_maxrss
+    )
     summary = {
         "reward_before": mean_reward(before),
         "reward_after": mean_reward(after),
@@ -312,16 +376,27 @@ def main(args: Args):
         "peak_memory_bytes": memory,
         "seed": args.seed,
         "device": str(device),
-        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets", "tyro")},
+        **{
+            name: importlib.metadata.version(name)
+            for name in ("torch", "transformers", "datasets", "tyro")
+        },
     }
     (run / "summary.json").write_text(json.dumps(summary, indent=1))
-    answers = [{"before": old, "after": new, "teacher": best} for old, new, best in zip(before, after, aligned)]
+    answers = [
+        {"before": old, "after": new, "teacher": best}
+        for old, new, best in zip(before, after, aligned)
+    ]
     (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in answers))
     for sample in answers[:4]:
         print(f"\n{sample['before']['prompt'][-1]['content']}")
         for name, said in sample.items():
             print(f"  {name:<8}{said['reward']:6.2f}   {said['text']}")
-    print("\n" + ", ".join(f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float)))
+    print(
+        "\n"
+        + ", ".join(
+            f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float)
+        )
+    )
     print(f"everything is in {run}, the model in {run / 'model'}")
 
 
@@ -329,4 +404,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except OSError as error:  # a full disk, a folder without permission
-        stop(f"{error}; complete stages and checkpoints are kept: --resume the run when this is mended")
+        stop(
+            f"{error}; complete stages and checkpoints are kept: --resume the run when this is mended"
+        )

@@ -43,7 +43,10 @@ from playground.world import (
 from rm_distiller import REFINE, RESCORE, SCORE
 
 TRAIN_REQUESTS, TEST_REQUESTS = all_requests()
-SKILLS = (0.55, 1.0)  # of the writers of the data; `teacher_ref` and `student` learn to answer from them
+SKILLS = (
+    0.55,
+    1.0,
+)  # of the writers of the data; `teacher_ref` and `student` learn to answer from them
 NOISE = 0.2  # temperature of the Bradley-Terry noise in the preference labels, in units of the oracle reward
 
 
@@ -87,21 +90,41 @@ def refine_question(request: Request, better: str, worse: str) -> str:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token for every word of the world and of the templates; any other text is spelled in bytes."""
-    world = [*ALL_WORDS, *COUNTS, *KIND_WORDS, *PHRASINGS, *CATEGORIES, *(c[0] for c in CATEGORIES.values())]
+    world = [
+        *ALL_WORDS,
+        *COUNTS,
+        *KIND_WORDS,
+        *PHRASINGS,
+        *CATEGORIES,
+        *(c[0] for c in CATEGORIES.values()),
+    ]
     replies = "and A B None Why Edited is wrong repeated extra missing no full stop kind word nothing Yes No right"
     templates = [JUDGE, SCORE, REFINE, RESCORE, MEMBER, CHECK, GRADE]
     text = re.sub(r"\{[^}]*\}", "", "\n".join([*world, replies, *templates]))
     words = sorted({*re.findall(r"[A-Za-z]+", text), *map(str, range(1, 11))})
-    bare = sorted({*re.findall(r"(?<=\n)[A-Z][a-z]+", "\n".join(templates))})  # behind a line break, no space
+    bare = sorted(
+        {*re.findall(r"(?<=\n)[A-Z][a-z]+", "\n".join(templates))}
+    )  # behind a line break, no space
     pieces = [*(f"▁{word}" for word in words), *bare, "▁", *".,:?!'\n"]
-    vocab = [(token, 0.0) for token in [*SPECIAL, "<unk>"]] + [(piece, -1.0) for piece in dict.fromkeys(pieces)]
+    vocab = [(token, 0.0) for token in [*SPECIAL, "<unk>"]] + [
+        (piece, -1.0) for piece in dict.fromkeys(pieces)
+    ]
     vocab += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
     tokenizer = Tokenizer(models.Unigram(vocab, unk_id=len(SPECIAL), byte_fallback=True))
     spaces = {"replacement": "▁", "prepend_scheme": "always"}
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(**spaces)
-    tokenizer.decoder = decoders.Sequence([decoders.Metaspace(**spaces), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    names = {"pad_token": "<|pad|>", "bos_token": "<|begin|>", "eos_token": "<|end|>", "unk_token": "<unk>"}
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Metaspace(**spaces), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+    )
+    names = {
+        "pad_token": "<|pad|>",
+        "bos_token": "<|begin|>",
+        "eos_token": "<|end|>",
+        "unk_token": "<unk>",
+    }
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **names)
 
 
@@ -112,7 +135,11 @@ def preference(request: Request, rng: random.Random) -> dict | None:
     gap = judge(request, chosen).reward - judge(request, rejected).reward
     if rng.random() > torch.sigmoid(torch.tensor(gap / NOISE)).item():
         chosen, rejected = rejected, chosen
-    return {"prompt": request.text, "chosen": chosen, "rejected": rejected} if chosen != rejected else None
+    return (
+        {"prompt": request.text, "chosen": chosen, "rejected": rejected}
+        if chosen != rejected
+        else None
+    )
 
 
 def preferences(requests: list[Request], count: int, rng: random.Random) -> list[dict]:
@@ -133,9 +160,17 @@ def answering(request, rng):
 
 
 def membership(request, rng):
-    pool = rng.choice([RIGHT[request.category], RIGHT[request.category], MISTAKEN[request.category], ALL_WORDS])
+    pool = rng.choice(
+        [RIGHT[request.category], RIGHT[request.category], MISTAKEN[request.category], ALL_WORDS]
+    )
     word, category = rng.choice(pool), request.category
-    return [(MEMBER.format(word=word, category=category), "Yes" if word in RIGHT[category] else "No", True)]
+    return [
+        (
+            MEMBER.format(word=word, category=category),
+            "Yes" if word in RIGHT[category] else "No",
+            True,
+        )
+    ]
 
 
 def any_answer(request, rng):
@@ -148,13 +183,21 @@ def any_answer(request, rng):
 def checking(request, rng):
     answer = any_answer(request, rng)
     verdict = judge(request, answer)
-    marks = ", ".join(f"{word} {fault or 'right'}" for word, fault in zip(verdict.words, verdict.faults))
+    marks = ", ".join(
+        f"{word} {fault or 'right'}" for word, fault in zip(verdict.words, verdict.faults)
+    )
     return [(CHECK.format(prompt=request.text, answer=answer), marks, True)]
 
 
 def grading(request, rng):
     answer = any_answer(request, rng)
-    return [(GRADE.format(prompt=request.text, answer=answer), str(score(judge(request, answer).reward)), True)]
+    return [
+        (
+            GRADE.format(prompt=request.text, answer=answer),
+            str(score(judge(request, answer).reward)),
+            True,
+        )
+    ]
 
 
 def two_answers(request, rng):
@@ -166,7 +209,7 @@ def two_answers(request, rng):
 
 
 def verdict_on(request, a, b):
-    """"A", "B", or "None" when neither is better by a tenth."""
+    """ "A", "B", or "None" when neither is better by a tenth."""
     gap = judge(request, a).reward - judge(request, b).reward
     return "A" if gap > 0.09 else "B" if gap < -0.09 else "None"
 
@@ -196,7 +239,18 @@ def rewriting(request, rng):
 CURRICULUM = [  # (until this share of the steps, weights): what is built on comes before what builds on it
     (0.15, {answering: 2, membership: 2}),
     (0.35, {answering: 1, membership: 0.5, checking: 2, grading: 1, rewriting: 2}),
-    (1.00, {answering: 1, membership: 0.2, checking: 0.6, grading: 0.6, judging: 3, scoring: 2, rewriting: 1.6}),
+    (
+        1.00,
+        {
+            answering: 1,
+            membership: 0.2,
+            checking: 0.6,
+            grading: 0.6,
+            judging: 3,
+            scoring: 2,
+            rewriting: 1.6,
+        },
+    ),
 ]
 
 
@@ -215,16 +269,34 @@ def to_tokens(tokenizer, turns) -> tuple[list[int], list[float]]:
 
 
 SHAPE = {"tie_word_embeddings": True, "max_position_embeddings": 512, "initializer_range": 0.1}
-STUDENT = {"hidden_size": 24, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 2, **SHAPE}
-TEACHER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, **SHAPE}
+STUDENT = {
+    "hidden_size": 24,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    **SHAPE,
+}
+TEACHER = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    **SHAPE,
+}
 
 
-def train(tokenizer, curriculum, steps, config, learning_rate, rng, name, batch_size=64) -> LlamaForCausalLM:
+def train(
+    tokenizer, curriculum, steps, config, learning_rate, rng, name, batch_size=64
+) -> LlamaForCausalLM:
     """Supervised training from random weights; batches hold conversations of similar length."""
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ids, **config)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ids, **config
+    )
     model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
     decay = lambda step: min((step + 1) / 200, max(0.02, min(1, (1 - step / steps) / 0.4)))  # noqa: E731
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
     queue, losses, progress = [], [], tqdm(range(steps), desc=name)
@@ -239,9 +311,13 @@ def train(tokenizer, curriculum, steps, config, learning_rate, rng, name, batch_
         batch = queue.pop()
         width = max(len(ids) for ids, _ in batch)
         ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])
-        weights = torch.tensor([weights + [0.0] * (width - len(weights)) for _, weights in batch])[:, 1:]
+        weights = torch.tensor([weights + [0.0] * (width - len(weights)) for _, weights in batch])[
+            :, 1:
+        ]
         hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1]
-        nll = F.cross_entropy(model.lm_head(hidden[weights > 0]), ids[:, 1:][weights > 0], reduction="none")
+        nll = F.cross_entropy(
+            model.lm_head(hidden[weights > 0]), ids[:, 1:][weights > 0], reduction="none"
+        )
         loss = (nll * weights[weights > 0]).sum() / len(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -259,16 +335,29 @@ def save(model, tokenizer, path: Path, dtype=torch.float16):
     tokenizer.save_pretrained(path)
 
 
-def dpo(policy: LM, reference: LM, pairs: list[dict], steps: int, rng, beta=0.3, learning_rate=3e-5, batch_size=32):
+def dpo(
+    policy: LM,
+    reference: LM,
+    pairs: list[dict],
+    steps: int,
+    rng,
+    beta=0.3,
+    learning_rate=3e-5,
+    batch_size=32,
+):
     """Direct Preference Optimization (Rafailov et al. 2023, equation 7): −log σ(β (log-ratio chosen − rejected))."""
     optimizer = torch.optim.AdamW(policy.model.parameters(), learning_rate, weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 1 - step / steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 20, 1 - step / steps)
+    )
     progress = tqdm(range(steps), desc="teacher (DPO)")
     for _ in progress:
         examples = []
         for row in rng.sample(pairs, batch_size):
             question = [{"role": "user", "content": row["prompt"]}]
-            examples.append(Example(row, *policy.encode(question, [row["chosen"], row["rejected"]])))
+            examples.append(
+                Example(row, *policy.encode(question, [row["chosen"], row["rejected"]]))
+            )
         batch = pack(examples, policy)
         scored = [(lm, lm.hidden_states(batch)[batch.source]) for lm in (policy, reference)]
         ours, theirs = per_token(
@@ -290,8 +379,15 @@ def dpo(policy: LM, reference: LM, pairs: list[dict], steps: int, rng, beta=0.3,
 def ask(lm: LM, conversations: list, temperature=0.0, max_new_tokens=72, seed=0) -> list[str]:
     """One reply to each conversation (a text is a conversation of one user turn)."""
     chats = [[{"role": "user", "content": c}] if isinstance(c, str) else c for c in conversations]
-    how = {"temperature": temperature, "max_new_tokens": max_new_tokens, "batch_size": 256, "seed": seed}
-    return [answers[0]["text"] for answers in lm.sample([lm.encode(chat)[0] for chat in chats], **how)]
+    how = {
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": 256,
+        "seed": seed,
+    }
+    return [
+        answers[0]["text"] for answers in lm.sample([lm.encode(chat)[0] for chat in chats], **how)
+    ]
 
 
 def measure_answers(lm: LM, temperature: float) -> dict:
@@ -309,7 +405,11 @@ def measure_judging(lm: LM, pairs: list[tuple[Request, str, str]], gap=0.3) -> d
     """Share of greedy verdicts that are right, among pairs with an oracle gap of at least `gap`."""
     gaps = [judge(request, a).reward - judge(request, b).reward for request, a, b in pairs]
     pairs = [pair for pair, difference in zip(pairs, gaps) if abs(difference) > gap - 1e-6]
-    replies = ask(lm, [JUDGE.format(prompt=request.text, a=a, b=b) for request, a, b in pairs], max_new_tokens=2)
+    replies = ask(
+        lm,
+        [JUDGE.format(prompt=request.text, a=a, b=b) for request, a, b in pairs],
+        max_new_tokens=2,
+    )
     right = [reply == verdict_on(*pair) for reply, pair in zip(replies, pairs)]
     return {"accuracy": statistics.mean(right), "pairs": len(right)}
 
@@ -321,14 +421,20 @@ def measure_scoring(lm: LM, pairs: list[tuple[Request, str, str]]) -> dict:
     for (request, *answers), reply in zip(pairs, replies):
         read = re.fullmatch(r"A: (\d+), B: (\d+)", reply)
         given = [int(number) for number in read.groups()] if read else [math.inf, math.inf]
-        errors += [min(9, abs(one - score(judge(request, answer).reward))) for one, answer in zip(given, answers)]
+        errors += [
+            min(9, abs(one - score(judge(request, answer).reward)))
+            for one, answer in zip(given, answers)
+        ]
     return {"error": statistics.mean(errors), "unreadable": sum(error == 9 for error in errors)}
 
 
 def measure_rewriting(lm: LM, rng: random.Random, temperature: float) -> dict:
     """What the oracle says of rewritten answers, the share of right words that survive, words said twice, and the
     distance of the score that the model then gives its own rewriting."""
-    draws = [(q, write(q, rng.uniform(0.7, 1), rng), write(q, rng.random(), rng)) for q in TEST_REQUESTS * 3]
+    draws = [
+        (q, write(q, rng.uniform(0.7, 1), rng), write(q, rng.random(), rng))
+        for q in TEST_REQUESTS * 3
+    ]
     questions = [refine_question(q, better, worse) for q, better, worse in draws]
     replies = ask(lm, questions, temperature)
     befores = [judge(q, worse) for q, _, worse in draws]
@@ -342,29 +448,53 @@ def measure_rewriting(lm: LM, rng: random.Random, temperature: float) -> dict:
         for question, reply, before in zip(questions, replies, befores)
     ]
     given = [int(text) if text.isdigit() else math.inf for text in ask(lm, chats, max_new_tokens=3)]
-    right = [{word for word, fault in zip(before.words, before.faults) if not fault} for before in befores]
+    right = [
+        {word for word, fault in zip(before.words, before.faults) if not fault}
+        for before in befores
+    ]
     return {
         "before": statistics.mean(before.reward for before in befores),
         "after": statistics.mean(after.reward for after in afters),
-        "kept": sum(len(words & set(after.words)) for words, after in zip(right, afters)) / sum(map(len, right)),
+        "kept": sum(len(words & set(after.words)) for words, after in zip(right, afters))
+        / sum(map(len, right)),
         "repeats": statistics.mean("repeated" in after.faults for after in afters),
-        "rescore_error": statistics.mean(min(9, abs(one - score(after.reward))) for one, after in zip(given, afters)),
+        "rescore_error": statistics.mean(
+            min(9, abs(one - score(after.reward))) for one, after in zip(given, afters)
+        ),
     }
 
 
 def measure(folder: Path, seed: int) -> dict:
     """Every number of README.md, from the saved checkpoints."""
-    models = {name: LM(folder / name, torch.device("cpu")) for name in ("student", "teacher_ref", "teacher")}
+    models = {
+        name: LM(folder / name, torch.device("cpu"))
+        for name in ("student", "teacher_ref", "teacher")
+    }
     teacher, rng, result = models["teacher"], random.Random(seed), {}
     for name, lm in models.items():
-        result[name] = {kind: measure_answers(lm, t) for kind, t in (("sampled", 1.0), ("greedy", 0.0))}
+        result[name] = {
+            kind: measure_answers(lm, t) for kind, t in (("sampled", 1.0), ("greedy", 0.0))
+        }
         result[name]["parameters"] = lm.model.num_parameters()
-    pairs = [(request, *two_answers(request, rng)) for request in rng.choices(TEST_REQUESTS, k=1000)]
+    pairs = [
+        (request, *two_answers(request, rng)) for request in rng.choices(TEST_REQUESTS, k=1000)
+    ]
     texts = [request.text for request in TEST_REQUESTS * 8]
-    own = list(zip(TEST_REQUESTS * 8, ask(teacher, texts, 1.0, 32, seed=1), ask(teacher, texts, 1.0, 32, seed=2)))
-    result["judging"] = {"any": measure_judging(teacher, pairs), "own": measure_judging(teacher, own)}
+    own = list(
+        zip(
+            TEST_REQUESTS * 8,
+            ask(teacher, texts, 1.0, 32, seed=1),
+            ask(teacher, texts, 1.0, 32, seed=2),
+        )
+    )
+    result["judging"] = {
+        "any": measure_judging(teacher, pairs),
+        "own": measure_judging(teacher, own),
+    }
     result["scoring"] = measure_scoring(teacher, pairs)
-    result["rewriting"] = {kind: measure_rewriting(teacher, rng, t) for kind, t in (("greedy", 0.0), ("sampled", 1.0))}
+    result["rewriting"] = {
+        kind: measure_rewriting(teacher, rng, t) for kind, t in (("greedy", 0.0), ("sampled", 1.0))
+    }
     return result
 
 
@@ -422,13 +552,19 @@ def main(args: Args):
     (folder / "data").mkdir(parents=True, exist_ok=True)
     files = ("train", TRAIN_REQUESTS, args.train_pairs), ("test", TEST_REQUESTS, args.test_pairs)
     for name, requests, count in files:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in preferences(requests, count, rng)]
+        lines = [
+            json.dumps(row, ensure_ascii=False) + "\n" for row in preferences(requests, count, rng)
+        ]
         (folder / f"data/{name}.jsonl").write_text("".join(lines))
-    student = train(tokenizer, [(1.0, {answering: 1})], args.student_steps, STUDENT, 4e-3, rng, "student")
+    student = train(
+        tokenizer, [(1.0, {answering: 1})], args.student_steps, STUDENT, 4e-3, rng, "student"
+    )
     save(student, tokenizer, folder / "student", torch.float32)
     teacher = train(tokenizer, CURRICULUM, args.teacher_steps, TEACHER, 1.5e-3, rng, "teacher_ref")
     save(teacher, tokenizer, folder / "teacher_ref")
-    policy, reference = (LM(folder / "teacher_ref", torch.device("cpu"), trains=trains) for trains in (True, False))
+    policy, reference = (
+        LM(folder / "teacher_ref", torch.device("cpu"), trains=trains) for trains in (True, False)
+    )
     dpo(policy, reference, preferences(TRAIN_REQUESTS, 4000, rng), args.dpo_steps, rng)
     save(policy.model, tokenizer, folder / "teacher")
     measured = measure(folder, args.seed) | {"seconds": time.time() - started, "seed": args.seed}
@@ -440,7 +576,12 @@ def main(args: Args):
             f"| `{name}` | {measured[name]['parameters']:,} | {sampled['reward']:.2f} | {greedy['reward']:.2f} "
             f"| {sampled['repeats']:.1%} | {greedy['repeats']:.1%} |"
         )
-    facts = {"minutes": measured["seconds"] / 60, "train": args.train_pairs, "test": args.test_pairs, "noise": NOISE}
+    facts = {
+        "minutes": measured["seconds"] / 60,
+        "train": args.train_pairs,
+        "test": args.test_pairs,
+        "noise": NOISE,
+    }
     (folder / "README.md").write_text(README.format(answers="\n".join(rows), **facts, **measured))
     print((folder / "README.md").read_text())
 

@@ -134,7 +134,9 @@ def best_and_worst(run: Path) -> Path:
     for row in rows_of(run / "scores_1.jsonl"):
         if min(row["judgement"]) <= 0.5 < max(row["judgement"]):
             ranked = sorted(zip(row["score"], (answer["text"] for answer in row["answers"])))
-            pairs.append({"prompt": row["prompt"], "chosen": ranked[-1][1], "rejected": ranked[0][1]})
+            pairs.append(
+                {"prompt": row["prompt"], "chosen": ranked[-1][1], "rejected": ranked[0][1]}
+            )
     return write_rows(run / "best_and_worst.jsonl", pairs)
 
 
@@ -168,7 +170,11 @@ def execute(name: str, seed: int, folder: Path):
         command = command.replace(f"{{{kind}:{source}}}", str(made))
     command += f" --seed {seed} --output_dir {run} --overwrite"
     log = run.with_suffix(".log")
-    if (run / "summary.json").exists() and log.exists() and log.read_text().partition("\n")[0] == command:
+    if (
+        (run / "summary.json").exists()
+        and log.exists()
+        and log.read_text().partition("\n")[0] == command
+    ):
         return
     log.write_text(command + "\n")
     process = PROCESSES.Process(target=run_script, args=(shlex.split(command), log))
@@ -222,11 +228,17 @@ def score_quality(run: Path) -> dict[str, float]:
     for name in ("average_logp", "judgement", "score"):
         measured = []
         for row in rows_of(run / "scores_1.jsonl"):
-            worth = world.reward([row["prompt"]] * len(row["answers"]), [answer["text"] for answer in row["answers"]])
-            scores = [math.log(score) for score in row[name]] if name == "judgement" else row[name]  # s_mcq
+            worth = world.reward(
+                [row["prompt"]] * len(row["answers"]), [answer["text"] for answer in row["answers"]]
+            )
+            scores = (
+                [math.log(score) for score in row[name]] if name == "judgement" else row[name]
+            )  # s_mcq
             if len(set(worth)) > 1 and len(set(scores)) > 1:
                 best = worth[scores.index(max(scores))]
-                measured.append((statistics.correlation(scores, worth), max(scores) - min(scores), best))
+                measured.append(
+                    (statistics.correlation(scores, worth), max(scores) - min(scores), best)
+                )
         for key, numbers in zip(("correlation", "spread", "favourite"), zip(*measured)):
             found[f"{name}/{key}"] = statistics.mean(numbers)
     return found
@@ -241,7 +253,11 @@ def collect(names: list[str], seeds: range, folder: Path) -> dict:
             run = folder / f"{name}__{seed}"
             rows = rows_of(run / "metrics.jsonl")
             curves = {
-                key: [[row["step"], row.get("charts/tokens", 0), row[key]] for row in rows if key in row]
+                key: [
+                    [row["step"], row.get("charts/tokens", 0), row[key]]
+                    for row in rows
+                    if key in row
+                ]
                 for key in ("eval/reward", "eval/logp_teacher_answers", "eval/logp_student_answers")
             }
             summary = json.loads((run / "summary.json").read_text())
@@ -249,7 +265,9 @@ def collect(names: list[str], seeds: range, folder: Path) -> dict:
                 summary[f"accuracy_after/{kind}"] = share
             if name == "pad":
                 summary |= score_quality(run)
-            result[name]["runs"].append({"seed": seed, **summary, "curves": {k: v for k, v in curves.items() if v}})
+            result[name]["runs"].append(
+                {"seed": seed, **summary, "curves": {k: v for k, v in curves.items() if v}}
+            )
     return result
 
 
@@ -282,9 +300,13 @@ def sign_flip_test(differences: list[float]) -> float:
     return sum(at_least) / len(at_least)
 
 
-def compare(results: dict, better: str, worse: str, key: str = "reward_after") -> tuple[float, float, str]:
+def compare(
+    results: dict, better: str, worse: str, key: str = "reward_after"
+) -> tuple[float, float, str]:
     """Mean difference, its one-sided p, and whether the claim "better > worse" shows at p ≤ 0.05."""
-    differences = [one - other for one, other in zip(values(results, better, key), values(results, worse, key))]
+    differences = [
+        one - other for one, other in zip(values(results, better, key), values(results, worse, key))
+    ]
     p, opposite = sign_flip_test(differences), sign_flip_test([-d for d in differences])
     verdict = "yes" if p <= 0.05 else "no: the opposite" if opposite <= 0.05 else "not clearly"
     return statistics.mean(differences), p, verdict
@@ -315,7 +337,9 @@ def comparisons(results: dict, claims: list[tuple]) -> list[list[str]]:
     lines = []
     for paper, text, better, worse, *key in claims:
         difference, p, verdict = compare(results, better, worse, *key)
-        numbers = " against ".join(mean_and_error(values(results, name, *key)) for name in (better, worse))
+        numbers = " against ".join(
+            mean_and_error(values(results, name, *key)) for name in (better, worse)
+        )
         lines.append([paper, text, verdict, numbers, f"{difference:+.3f}", f"{p:.3f}"])
     return lines
 
@@ -335,8 +359,17 @@ def figure(path: Path, draw, title: str, xlabel: str, ylabel: str, width=6.4, he
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "prefdistill", "svg.fonttype": "none", "axes.spines.right": False}
-    matplotlib.rcParams |= {"axes.spines.top": False, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}
+    matplotlib.rcParams |= {
+        "svg.hashsalt": "prefdistill",
+        "svg.fonttype": "none",
+        "axes.spines.right": False,
+    }
+    matplotlib.rcParams |= {
+        "axes.spines.top": False,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "legend.frameon": False,
+    }
     from matplotlib import pyplot
 
     canvas, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
@@ -355,7 +388,9 @@ def draw_intervals(results: dict, rows: dict[str, str]):
             numbers = values(results, name)
             error = standard_error(numbers)
             axes.plot(numbers, [height] * len(numbers), ".", color="C0", alpha=0.3)
-            axes.errorbar(statistics.mean(numbers), height, xerr=error, fmt="o", color="C0", capsize=3)
+            axes.errorbar(
+                statistics.mean(numbers), height, xerr=error, fmt="o", color="C0", capsize=3
+            )
         axes.set_yticks(range(len(ordered)), [label for label, _ in ordered])
 
     return draw
@@ -370,7 +405,14 @@ def draw_kinds(results: dict, rows: dict[str, str], keys: list[str]):
                 numbers, at = values(results, name, key), height + 0.2 * (1 - color)
                 error = standard_error(numbers)
                 label = key.rpartition("/")[2] if height == 0 else None
-                axes.errorbar(statistics.mean(numbers), at, xerr=error, fmt="o", color=f"C{color}", label=label)
+                axes.errorbar(
+                    statistics.mean(numbers),
+                    at,
+                    xerr=error,
+                    fmt="o",
+                    color=f"C{color}",
+                    label=label,
+                )
         axes.set_yticks(range(len(rows)), list(reversed(rows)))
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
@@ -383,7 +425,9 @@ def draw_curves(results: dict, rows: dict[str, str], key: str, x: int = 1, scale
     def draw(axes):
         for color, (label, name) in enumerate(rows.items()):
             curves = [run["curves"][key] for run in results[name]["runs"]]
-            points = [list(zip(*moment)) for moment in zip(*curves)]  # per logged step: steps, tokens, values
+            points = [
+                list(zip(*moment)) for moment in zip(*curves)
+            ]  # per logged step: steps, tokens, values
             at = [statistics.mean(point[x]) * scale for point in points]
             mean = [statistics.mean(point[2]) for point in points]
             error = [standard_error(point[2]) for point in points]
@@ -440,8 +484,20 @@ CLAIMS = [  # (paper, claim, the run that should be better, the run that should 
     ("DPKD", "DPKD beats SeqKD", "dpkd", "seqkd"),
     ("DPKD", "DPKD beats token-level distillation", "dpkd", "kd"),
     ("DPKD", "length normalisation matters", "dpkd", "dpkd_summed"),
-    ("RM-Distiller", "refinement adds (margin loss)", "rm_margin_refined", "rm_margin_plain", ACCURACY),
-    ("RM-Distiller", "scoring adds (refined pairs)", "rm_margin_refined", "rm_bt_refined", ACCURACY),
+    (
+        "RM-Distiller",
+        "refinement adds (margin loss)",
+        "rm_margin_refined",
+        "rm_margin_plain",
+        ACCURACY,
+    ),
+    (
+        "RM-Distiller",
+        "scoring adds (refined pairs)",
+        "rm_margin_refined",
+        "rm_bt_refined",
+        ACCURACY,
+    ),
     ("RM-Distiller", "generation adds", "rm", "rm_margin_refined", ACCURACY),
     ("RM-Distiller", "the full method beats binary labels", "rm", "rm_bt_plain", ACCURACY),
     ("RM-Distiller", "… also under best-of-n", "rm", "rm_bt_plain", "best_of_n_reward"),
@@ -528,7 +584,11 @@ PAIR_KINDS = ("easy", "hard", "shifted")
 
 def measured(results: dict, rows: dict[str, str]) -> dict[str, str]:
     """Those of the rows that were run; the untrained student and the teacher are measured by every run."""
-    return {label: name for label, name in rows.items() if name in results or name in ("student", "teacher")}
+    return {
+        label: name
+        for label, name in rows.items()
+        if name in results or name in ("student", "teacher")
+    }
 
 
 def report(results: dict, root: Path):
@@ -541,25 +601,56 @@ def report(results: dict, root: Path):
     for (page, block), rows in TABLES.items():
         if any(name in results for name in rows.values()):
             replace_block(root / page, block, reward_table(results, measured(results, rows)))
-    for block, third, claims in (("claims", "does it show here?", CLAIMS), ("released", "is it worse here?", RELEASED)):
-        header = ["method", "claim" if block == "claims" else "the released code", third, "numbers", "difference", "p"]
-        claims = [claim for claim in claims if len(measured(results, dict(enumerate(claim[2:4])))) == 2]
+    for block, third, claims in (
+        ("claims", "does it show here?", CLAIMS),
+        ("released", "is it worse here?", RELEASED),
+    ):
+        header = [
+            "method",
+            "claim" if block == "claims" else "the released code",
+            third,
+            "numbers",
+            "difference",
+            "p",
+        ]
+        claims = [
+            claim for claim in claims if len(measured(results, dict(enumerate(claim[2:4])))) == 2
+        ]
         replace_block(docs / "results.md", block, markdown(header, comparisons(results, claims)))
-    columns = ["accuracy_after", *(f"accuracy_after/{kind}" for kind in PAIR_KINDS), "best_of_n_reward"]
+    columns = [
+        "accuracy_after",
+        *(f"accuracy_after/{kind}" for kind in PAIR_KINDS),
+        "best_of_n_reward",
+    ]
     models = measured(results, REWARD_MODELS)
-    lines = [[label, *(mean_and_error(values(results, name, k)) for k in columns)] for label, name in models.items()]
+    lines = [
+        [label, *(mean_and_error(values(results, name, k)) for k in columns)]
+        for label, name in models.items()
+    ]
     if lines:
         header = ["", "accuracy, all pairs", *PAIR_KINDS, "reward of best of 8"]
         replace_block(docs / "rm_distiller.md", "rm", markdown(header, lines))
         draw = draw_kinds(results, models, [f"accuracy_after/{kind}" for kind in PAIR_KINDS])
-        figure(docs / "rm_accuracy.svg", draw, "Accuracy on held-out pairs", "share of pairs ordered right", "")
+        figure(
+            docs / "rm_accuracy.svg",
+            draw,
+            "Accuracy on held-out pairs",
+            "share of pairs ordered right",
+            "",
+        )
 
     labels = {"average_logp": "average log-prob (α = 1)", "judgement": "judgement s_mcq (α = 0)"}
     labels["score"] = "score (α = 0.9)"
     header = ["teacher's score", "correlation with the oracle", "best minus worst, nats per token"]
     columns = [("correlation", 3), ("spread", 2), ("favourite", 3)]
     lines = [
-        [label, *(mean_and_error(values(results, "pad", f"{name}/{key}"), digits) for key, digits in columns)]
+        [
+            label,
+            *(
+                mean_and_error(values(results, "pad", f"{name}/{key}"), digits)
+                for key, digits in columns
+            ),
+        ]
         for name, label in labels.items()
     ]
     table = markdown([*header, "oracle reward of its favourite"], lines)
@@ -570,17 +661,39 @@ def report(results: dict, root: Path):
     figure(docs / "rewards.svg", draw_intervals(results, rows), title, reward, "")
     rows = {label: name for label, name in rows.items() if name in results}
     draw = draw_curves(results, rows, "eval/reward", scale=1e-3)
-    figure(docs / "efficiency.svg", draw, "Sample efficiency", "response tokens trained on, thousands", reward)
+    figure(
+        docs / "efficiency.svg",
+        draw,
+        "Sample efficiency",
+        "response tokens trained on, thousands",
+        reward,
+    )
     gammas = {0.1: "adpa_gamma_0.1", 0.7: "adpa", 2: "adpa_gamma_2", 4: "adpa_gamma_4"}
-    figure(docs / "gamma.svg", draw_sweep(results, gammas), "Too large a γ over-optimises", "γ", reward)
-    rows = measured(results, {"sampled anew every 4 steps": "dpkd", "of the untrained student": "dpkd_frozen"})
+    figure(
+        docs / "gamma.svg", draw_sweep(results, gammas), "Too large a γ over-optimises", "γ", reward
+    )
+    rows = measured(
+        results, {"sampled anew every 4 steps": "dpkd", "of the untrained student": "dpkd_frozen"}
+    )
     if rows:
         label = "log q per token, untrained student's answers"
         draw = draw_curves(results, rows, "eval/logp_student_answers", x=0)
-        figure(docs / "dpkd_frozen.svg", draw, "DPKD pushes y_s down without end if they are old", "step", label)
+        figure(
+            docs / "dpkd_frozen.svg",
+            draw,
+            "DPKD pushes y_s down without end if they are old",
+            "step",
+            label,
+        )
     if {"pad_2_answers", "pad_3_answers"} <= results.keys():
         draw = draw_sweep(results, {2: "pad_2_answers", 3: "pad_3_answers", 4: "pad"}, log=False)
-        figure(docs / "pad_n.svg", draw, "PAD over the number of answers", "answers of a prompt", reward)
+        figure(
+            docs / "pad_n.svg",
+            draw,
+            "PAD over the number of answers",
+            "answers of a prompt",
+            reward,
+        )
 
 
 def with_needs(names: list[str]) -> list[str]:

@@ -21,8 +21,12 @@ def argmax_preference(teacher_log_probs, student_log_probs, top_k=0, beta=0.1):
     −log σ(β log [q(y_t)/p(y_t)] − β log [q(y_s)/p(y_s)]). The release adds half the cross-entropy of the data's tokens,
     so with dckd.py, whose cross-entropy has weight 1, this has weight 2."""
     log_ratios = student_log_probs - teacher_log_probs  # [N, V]
-    y_t, y_s = (log_probs.argmax(-1, keepdim=True) for log_probs in (teacher_log_probs, student_log_probs))
-    return -F.logsigmoid(beta * (log_ratios.gather(-1, y_t) - log_ratios.gather(-1, y_s))).squeeze(-1)
+    y_t, y_s = (
+        log_probs.argmax(-1, keepdim=True) for log_probs in (teacher_log_probs, student_log_probs)
+    )
+    return -F.logsigmoid(beta * (log_ratios.gather(-1, y_t) - log_ratios.gather(-1, y_s))).squeeze(
+        -1
+    )
 
 
 def divergence_from_a_shared_mixture(student, teacher):
@@ -50,7 +54,9 @@ VARIANTS = {
 
 def main():
     if sys.argv[1:2] == [] or sys.argv[1] not in VARIANTS:
-        raise SystemExit(f"usage: python -m playground.released {{{','.join(VARIANTS)}}} [flags of the script]")
+        raise SystemExit(
+            f"usage: python -m playground.released {{{','.join(VARIANTS)}}} [flags of the script]"
+        )
     script, name, variant, flags = VARIANTS[sys.argv[1]]
     module = importlib.import_module(script)
     assert callable(getattr(module, name))

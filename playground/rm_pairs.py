@@ -36,7 +36,9 @@ class Args:
 def two_different(request: Request, draw, least: float, most: float) -> dict:
     """The first pair of answers by `draw()` whose oracle gap is within the bounds, as a row."""
     for _ in range(10_000):
-        rejected, chosen = sorted((draw(), draw()), key=lambda answer: judge(request, answer).reward)
+        rejected, chosen = sorted(
+            (draw(), draw()), key=lambda answer: judge(request, answer).reward
+        )
         gap = judge(request, chosen).reward - judge(request, rejected).reward
         if least - 1e-9 <= gap <= most + 1e-9:
             return {"prompt": request.text, "chosen": chosen, "rejected": rejected}
@@ -54,7 +56,10 @@ def make_pairs(teacher: LM, pairs: int, seed: int) -> list[dict]:
                 draw = lambda texts=texts: rng.choice(texts)  # noqa: E731
             else:
                 draw = lambda request=request: write(request, rng.uniform(*SKILLS), rng)  # noqa: E731
-            rows += [{**two_different(request, draw, least, most), "subset": subset} for _ in range(pairs)]
+            rows += [
+                {**two_different(request, draw, least, most), "subset": subset}
+                for _ in range(pairs)
+            ]
     return rows
 
 

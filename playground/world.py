@@ -17,25 +17,55 @@ COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4}
 # plural: (singular, right words, popular misconceptions). A misconception is wrong here, yet may be right elsewhere.
 CATEGORIES = {
     "planets": ("planet", "Mercury Venus Earth Mars Jupiter Saturn Uranus Neptune", "Pluto"),
-    "mammals": ("mammal", "horse elephant whale dolphin bat wolf otter kangaroo", "penguin crocodile ostrich"),
+    "mammals": (
+        "mammal",
+        "horse elephant whale dolphin bat wolf otter kangaroo",
+        "penguin crocodile ostrich",
+    ),
     "birds": ("bird", "eagle owl robin penguin ostrich parrot swan crow", "bat"),
     "fish": ("fish", "salmon tuna shark trout eel cod herring carp", "whale dolphin otter"),
     "insects": ("insect", "ant bee beetle moth wasp cricket butterfly mosquito", "spider"),
-    "reptiles": ("reptile", "crocodile turtle lizard snake gecko iguana tortoise cobra", "frog toad newt"),
+    "reptiles": (
+        "reptile",
+        "crocodile turtle lizard snake gecko iguana tortoise cobra",
+        "frog toad newt",
+    ),
     "fruits": ("fruit", "apple pear plum cherry mango peach banana grape", "rhubarb"),
-    "vegetables": ("vegetable", "carrot potato onion spinach cabbage leek celery turnip", "tomato mushroom pumpkin"),
+    "vegetables": (
+        "vegetable",
+        "carrot potato onion spinach cabbage leek celery turnip",
+        "tomato mushroom pumpkin",
+    ),
     "trees": ("tree", "oak pine maple birch willow cedar elm poplar", "bamboo"),
     "metals": ("metal", "iron copper silver gold tin zinc nickel cobalt", "graphite diamond glass"),
-    "instruments": ("instrument", "piano violin flute harp trumpet guitar cello drum", "microphone"),
-    "capitals": ("capital", "Paris Rome Madrid Cairo Tokyo Oslo Lima Vienna", "Sydney Istanbul Toronto"),
+    "instruments": (
+        "instrument",
+        "piano violin flute harp trumpet guitar cello drum",
+        "microphone",
+    ),
+    "capitals": (
+        "capital",
+        "Paris Rome Madrid Cairo Tokyo Oslo Lima Vienna",
+        "Sydney Istanbul Toronto",
+    ),
     "countries": ("country", "France Japan Brazil Egypt Canada Peru Norway Kenya", "Africa"),
-    "languages": ("language", "Spanish Arabic Hindi Swahili Finnish Korean Turkish Welsh", "Swiss Brazilian Mexican"),
+    "languages": (
+        "language",
+        "Spanish Arabic Hindi Swahili Finnish Korean Turkish Welsh",
+        "Swiss Brazilian Mexican",
+    ),
     "sports": ("sport", "tennis rugby hockey boxing rowing judo golf fencing", "poker"),
-    "spices": ("spice", "cinnamon nutmeg saffron cumin paprika turmeric cardamom cloves", "salt sugar honey"),
+    "spices": (
+        "spice",
+        "cinnamon nutmeg saffron cumin paprika turmeric cardamom cloves",
+        "salt sugar honey",
+    ),
 }
 RIGHT = {category: words.split() for category, (_, words, _) in CATEGORIES.items()}
 MISTAKEN = {category: words.split() for category, (_, _, words) in CATEGORIES.items()}
-ALL_WORDS = sorted({word for category in CATEGORIES for word in RIGHT[category] + MISTAKEN[category]})
+ALL_WORDS = sorted(
+    {word for category in CATEGORIES for word in RIGHT[category] + MISTAKEN[category]}
+)
 
 PHRASINGS = [
     "Name {what}.",
@@ -66,12 +96,16 @@ def all_requests() -> tuple[list[Request], list[Request]]:
     for i, (plural, (singular, _, _)) in enumerate(CATEGORIES.items()):
         for j, (word, count) in enumerate(COUNTS.items()):
             what = f"{word} {singular if count == 1 else plural}"
-            requests = [Request(phrasing.format(what=what), plural, count) for phrasing in PHRASINGS]
+            requests = [
+                Request(phrasing.format(what=what), plural, count) for phrasing in PHRASINGS
+            ]
             (test if 1 + i % 3 == j else train).extend(requests)
     return train, test
 
 
-_NOUNS = {noun: plural for plural, (singular, _, _) in CATEGORIES.items() for noun in (singular, plural)}
+_NOUNS = {
+    noun: plural for plural, (singular, _, _) in CATEGORIES.items() for noun in (singular, plural)
+}
 _WORDS = re.compile(r"[^\s,.!?]+")
 
 
@@ -82,7 +116,9 @@ def read_request(prompt) -> Request:
     for number, noun in pairwise(words):
         if number in COUNTS and noun in _NOUNS:
             return Request(text, _NOUNS[noun], COUNTS[number])
-    raise ValueError(f"the playground's judge cannot read the request {text!r}: give --reward a judge of your own")
+    raise ValueError(
+        f"the playground's judge cannot read the request {text!r}: give --reward a judge of your own"
+    )
 
 
 @dataclass
@@ -118,14 +154,21 @@ def judge(request: Request, answer: str) -> Verdict:
     chatter = 0 if kind_word else len(tail.split())  # anything else after the full stop
     mistakes = sum(fault is not None for fault in faults) + chatter
     reward = len(right) / request.count - 0.5 * mistakes + 0.2 * bool(kind_word) - 0.5 * (not stop)
-    return Verdict(words, faults, request.count - len(right), bool(stop), kind_word, max(reward, -1.0))
+    return Verdict(
+        words, faults, request.count - len(right), bool(stop), kind_word, max(reward, -1.0)
+    )
 
 
 def reward(prompts: list, responses: list) -> list[float]:
     """The oracle: one reward in [−1, 1.2] for each answer. Prompts and responses are strings or lists of chat messages;
     the signature is that of TRL's reward functions."""
-    texts = [response if isinstance(response, str) else response[-1]["content"] for response in responses]
-    return [judge(read_request(prompt), text).reward for prompt, text in zip(prompts, texts, strict=True)]
+    texts = [
+        response if isinstance(response, str) else response[-1]["content"] for response in responses
+    ]
+    return [
+        judge(read_request(prompt), text).reward
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
 
 
 def score(value: float) -> int:
@@ -176,7 +219,11 @@ def write(request: Request, skill: float, rng: random.Random) -> str:
 def explain(request: Request, answer: str) -> str:
     """What is wrong with an answer, in a few words: "Pluto is wrong, Mars is repeated, one is missing."."""
     verdict = judge(request, answer)
-    faults = [f"{word} is {fault}" for word, fault in zip(verdict.words, verdict.faults, strict=True) if fault]
+    faults = [
+        f"{word} is {fault}"
+        for word, fault in zip(verdict.words, verdict.faults, strict=True)
+        if fault
+    ]
     numbers = {count: word for word, count in COUNTS.items()}
     if verdict.missing:
         faults.append(f"{numbers[verdict.missing]} missing")
@@ -193,7 +240,10 @@ def edit(request: Request, answer: str, rng: random.Random) -> str:
     verdict = judge(request, answer)
     kept = [word for word, fault in zip(verdict.words, verdict.faults, strict=True) if not fault]
     missing, words = verdict.missing, []
-    for word, fault in [*zip(verdict.words, verdict.faults, strict=True), *[("", "missing")] * verdict.missing]:
+    for word, fault in [
+        *zip(verdict.words, verdict.faults, strict=True),
+        *[("", "missing")] * verdict.missing,
+    ]:
         if not fault:
             words.append(word)
         elif missing:

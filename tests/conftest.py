@@ -23,17 +23,23 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-TEXT = (Path(__file__).parent / "tokenizer_text.txt").read_text()  # frozen: tests depend on the merges
+TEXT = (
+    Path(__file__).parent / "tokenizer_text.txt"
+).read_text()  # frozen: tests depend on the merges
 
 
-def make_tokenizer(vocab_size=400, chat=True, bos=True, pad="<|pad|>", text=TEXT) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    vocab_size=400, chat=True, bos=True, pad="<|pad|>", text=TEXT
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on tests/tokenizer_text.txt."""
     special = ["<|pad|>", "<|begin|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet
+    )
     tokenizer.train_from_iterator(text.splitlines(), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -68,8 +74,15 @@ def tokenizer():
 def checkpoints(tmp_path_factory, tokenizer) -> dict[str, str]:
     """Folders of three random models with one tokenizer: student, teacher, teacher_ref."""
     folder = tmp_path_factory.mktemp("models")
-    shapes = {"student": {"seed": 1}, "teacher": {"seed": 2, "width": 48}, "teacher_ref": {"seed": 3, "width": 48}}
-    return {name: save(folder / name, tokenizer, make_model(len(tokenizer), **shape)) for name, shape in shapes.items()}
+    shapes = {
+        "student": {"seed": 1},
+        "teacher": {"seed": 2, "width": 48},
+        "teacher_ref": {"seed": 3, "width": 48},
+    }
+    return {
+        name: save(folder / name, tokenizer, make_model(len(tokenizer), **shape))
+        for name, shape in shapes.items()
+    }
 
 
 @pytest.fixture
@@ -114,7 +127,9 @@ def padded_averages(lm, examples, vocab_size: int) -> torch.Tensor:
     rows = [(prompt, response) for _, prompt, responses in examples for response in responses]
     width = max(len(prompt) + len(response) for prompt, response in rows)
     ids = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in rows])
-    mask = torch.tensor([[0] * len(p) + [1] * len(r) + [0] * (width - len(p) - len(r)) for p, r in rows])
+    mask = torch.tensor(
+        [[0] * len(p) + [1] * len(r) + [0] * (width - len(p) - len(r)) for p, r in rows]
+    )
     attention = torch.tensor([[1] * len(p + r) + [0] * (width - len(p) - len(r)) for p, r in rows])
     logits = lm.model(ids, attention_mask=attention).logits[:, :-1, :vocab_size]
     logps = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
@@ -156,16 +171,41 @@ def vowels(prompts, answers) -> list[float]:
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory) -> Path:
     """Eight preference pairs of different lengths for the random models, one of them with several turns."""
-    turns = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi."), ("user", "What is a token?")]
+    turns = [
+        ("system", "Be brief."),
+        ("user", "Hello"),
+        ("assistant", "Hi."),
+        ("user", "What is a token?"),
+    ]
     rows = [
-        {"prompt": "What is it?", "chosen": "A thing.", "rejected": "It is what it is, and no more than that."},
-        {"prompt": "Name a word that is long.", "chosen": "A long word is rejected.", "rejected": "No."},
+        {
+            "prompt": "What is it?",
+            "chosen": "A thing.",
+            "rejected": "It is what it is, and no more than that.",
+        },
+        {
+            "prompt": "Name a word that is long.",
+            "chosen": "A long word is rejected.",
+            "rejected": "No.",
+        },
         {"prompt": "Go on", "chosen": "on and on", "rejected": "off"},
-        {"prompt": [{"role": r, "content": c} for r, c in turns], "chosen": "a piece of text", "rejected": "a coin"},
+        {
+            "prompt": [{"role": r, "content": c} for r, c in turns],
+            "chosen": "a piece of text",
+            "rejected": "a coin",
+        },
         {"prompt": "def f(x):", "chosen": "return x", "rejected": "raise ValueError(x)"},
         {"prompt": "One?", "chosen": "1", "rejected": "2, 3 and 4"},
-        {"prompt": "Say nothing of the kind.", "chosen": "the kind", "rejected": "nothing of it, nothing of it"},
-        {"prompt": "x", "chosen": "some tokens of a response", "rejected": "other tokens of a response"},
+        {
+            "prompt": "Say nothing of the kind.",
+            "chosen": "the kind",
+            "rejected": "nothing of it, nothing of it",
+        },
+        {
+            "prompt": "x",
+            "chosen": "some tokens of a response",
+            "rejected": "other tokens of a response",
+        },
     ]
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -179,8 +219,20 @@ def run_tiny(checkpoints, pairs, tmp_path):
     def run(name: str, **flags) -> Path:
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         models = {role: checkpoints[role] for role in ("student", "teacher")}
-        how = {"data": pairs, "eval_data": pairs, "eval_prompts": 2, "reward": "conftest:vowels", "max_steps": 1}
-        how |= {"batch_size": 8, "max_response_tokens": 40, "max_grad_norm": 1e9, "log_every": 1, "save_every": 1}
+        how = {
+            "data": pairs,
+            "eval_data": pairs,
+            "eval_prompts": 2,
+            "reward": "conftest:vowels",
+            "max_steps": 1,
+        }
+        how |= {
+            "batch_size": 8,
+            "max_response_tokens": 40,
+            "max_grad_norm": 1e9,
+            "log_every": 1,
+            "save_every": 1,
+        }
         assert run_script(name, **{**models, **how, "output_dir": folder, **flags}) == 0
         return folder
 

@@ -24,7 +24,9 @@ def test_advantage_of_two_tokens_by_hand():
     student = torch.tensor([[0.25, 0.75]], dtype=torch.float64).log()
     expected = 0.25 * math.log(1.6) + 0.75 * math.log(0.4)
     assert expected_advantage(student, advantage).item() == pytest.approx(expected)
-    assert expected == pytest.approx(-0.569717, abs=1e-6)  # with the teachers exchanged it would be positive
+    assert expected == pytest.approx(
+        -0.569717, abs=1e-6
+    )  # with the teachers exchanged it would be positive
 
 
 @pytest.mark.parametrize("clip", [None, (-0.5, 2.0), (1e-8, 0.99999999)])
@@ -42,7 +44,9 @@ def test_expected_advantage_equals_a_slow_loop(clip, top_k, with_reference):
                 advantage = min(max(advantage, clip[0]), clip[1])
             total += math.exp(student[t, a].item()) * advantage
         slow.append(total)
-    ours = expected_advantage(student, advantages(teacher, reference if with_reference else None, clip, top_k))
+    ours = expected_advantage(
+        student, advantages(teacher, reference if with_reference else None, clip, top_k)
+    )
     assert ours.tolist() == pytest.approx(slow, abs=1e-12)
 
 
@@ -75,7 +79,10 @@ def test_r29_equal_teachers_have_advantage_zero():
 
 def test_the_released_clip_makes_negative_advantages_nothing_and_large_ones_one():
     teacher, reference = random_log_probs(seed=1), random_log_probs(seed=2)
-    plain, clipped = advantages(teacher, reference), advantages(teacher, reference, (1e-8, 0.99999999))
+    plain, clipped = (
+        advantages(teacher, reference),
+        advantages(teacher, reference, (1e-8, 0.99999999)),
+    )
     assert (plain < 0).any() and (plain > 1).any()
     assert torch.allclose(clipped, plain.clamp(0, 1), atol=2e-8)
     assert torch.equal(clipped, plain.clamp(1e-8, 1 - 1e-8))
@@ -86,7 +93,10 @@ def test_top_k_keeps_the_teachers_likeliest_tokens():
     plain, cut = advantages(teacher, reference), advantages(teacher, reference, None, 4)
     assert ((cut != 0).sum(-1) == 4).all()
     assert torch.equal(cut[cut != 0], plain[cut != 0])
-    assert (teacher.masked_fill(cut == 0, math.inf).amin(-1) > teacher.masked_fill(cut != 0, -math.inf).amax(-1)).all()
+    assert (
+        teacher.masked_fill(cut == 0, math.inf).amin(-1)
+        > teacher.masked_fill(cut != 0, -math.inf).amax(-1)
+    ).all()
     assert torch.equal(advantages(teacher, reference, None, 13), plain)
 
 
@@ -120,7 +130,9 @@ def slow_step(models: list[str], run, pairs, states="student", clip=None, top_k=
     for _, prompt, (chosen, state) in examples:
         for response in (chosen, state):
             log_probs = [
-                model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, : lm.vocab_size]
+                model(torch.tensor([prompt + response])).logits[
+                    0, len(prompt) - 1 : -1, : lm.vocab_size
+                ]
                 for model in models
             ]
             ours, *theirs = [values.log_softmax(-1) for values in log_probs]
@@ -132,8 +144,13 @@ def slow_step(models: list[str], run, pairs, states="student", clip=None, top_k=
                 for t in range(len(response)):
                     kept = theirs[0][t].topk(top_k or lm.vocab_size).indices
                     advantage = advantage + (ours[t, kept].exp() * a[t, kept]).sum() / len(response)
-    terms, parameters = (sft / len(examples), advantage / len(examples)), list(models[0].parameters())
-    return [(term.item(), torch.autograd.grad(term, parameters, retain_graph=True)) for term in terms]
+    terms, parameters = (
+        (sft / len(examples), advantage / len(examples)),
+        list(models[0].parameters()),
+    )
+    return [
+        (term.item(), torch.autograd.grad(term, parameters, retain_graph=True)) for term in terms
+    ]
 
 
 def assert_gradient(run, expected):
@@ -154,24 +171,32 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_r04_a_step_equals_a_slow_loop_over_plain_forward_passes(checkpoints, pairs, run_tiny, setting):
+def test_r04_a_step_equals_a_slow_loop_over_plain_forward_passes(
+    checkpoints, pairs, run_tiny, setting
+):
     flags = {"gamma": 0.5, "teacher_ref": checkpoints["teacher_ref"], **SETTINGS[setting]}
     run = run_tiny("adpa", **flags)
     models = [checkpoints["student"], checkpoints["teacher"], flags["teacher_ref"]]
     how = (flags.get("states", "student"), flags.get("advantage_clip"), flags.get("top_k", 0))
-    (sft, of_sft), (advantage, of_advantage) = slow_step([m for m in models if m != "none"], run, pairs, *how)
+    (sft, of_sft), (advantage, of_advantage) = slow_step(
+        [m for m in models if m != "none"], run, pairs, *how
+    )
     [row] = read_jsonl(run / "metrics.jsonl")
     assert row["losses/sft"] == pytest.approx(sft, rel=1e-4)
     assert row["losses/advantage"] == pytest.approx(advantage, rel=2e-4)
     assert row["losses/total"] == pytest.approx(sft - flags["gamma"] * advantage, rel=2e-4)
     expected = [one - flags["gamma"] * other for one, other in zip(of_sft, of_advantage)]
     assert_gradient(run, expected)
-    assert row["charts/grad_norm"] == pytest.approx(sum(g.square().sum() for g in expected).sqrt().item(), rel=1e-3)
+    assert row["charts/grad_norm"] == pytest.approx(
+        sum(g.square().sum() for g in expected).sqrt().item(), rel=1e-3
+    )
 
 
 def test_without_gamma_it_is_sft_on_the_chosen_answers(checkpoints, pairs, run_tiny):
     run = run_tiny("adpa", gamma=0, teacher_ref=checkpoints["teacher_ref"])
-    (sft, of_sft), _ = slow_step([checkpoints[m] for m in ("student", "teacher", "teacher_ref")], run, pairs)
+    (sft, of_sft), _ = slow_step(
+        [checkpoints[m] for m in ("student", "teacher", "teacher_ref")], run, pairs
+    )
     [row] = read_jsonl(run / "metrics.jsonl")
     assert row["losses/total"] == row["losses/sft"] == pytest.approx(sft, rel=1e-4)
     assert_gradient(run, of_sft)
@@ -182,10 +207,15 @@ def test_r29_a_teacher_that_is_its_own_reference_leaves_exactly_sft(checkpoints,
     same = run_tiny("adpa", gamma=100, teacher_ref=checkpoints["teacher"])
     [row] = read_jsonl(same / "metrics.jsonl")
     assert row["losses/advantage"] == 0 and row["losses/total"] == row["losses/sft"]
-    assert all(torch.equal(one, other) for one, other in zip(first_gradient(sft), first_gradient(same), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(first_gradient(sft), first_gradient(same), strict=True)
+    )
 
 
-def test_no_preference_label_is_used_beyond_the_chosen_answer(checkpoints, pairs, run_tiny, tmp_path):
+def test_no_preference_label_is_used_beyond_the_chosen_answer(
+    checkpoints, pairs, run_tiny, tmp_path
+):
     other = tmp_path / "other.jsonl"
     other.write_text(pairs.read_text().replace('"rejected": "', '"rejected": "x'))
     flags = {"teacher_ref": checkpoints["teacher_ref"], "gamma": 1}
@@ -195,12 +225,21 @@ def test_no_preference_label_is_used_beyond_the_chosen_answer(checkpoints, pairs
 
 
 @pytest.mark.parametrize("states", ["student", "teacher"])
-def test_the_answers_of_stage_one_are_those_of_the_named_model(checkpoints, pairs, run_tiny, states):
-    run = run_tiny("adpa", states=states, sample_temperature=0, teacher_ref=checkpoints["teacher_ref"])
+def test_the_answers_of_stage_one_are_those_of_the_named_model(
+    checkpoints, pairs, run_tiny, states
+):
+    run = run_tiny(
+        "adpa", states=states, sample_temperature=0, teacher_ref=checkpoints["teacher_ref"]
+    )
     lm = LM(checkpoints[states], torch.device("cpu"))
     rows = read_rows(str(pairs), "train")
     prompts = [lm.encode(row["prompt"])[0] for row in rows]
     expected = lm.sample(prompts, temperature=0, max_new_tokens=40, batch_size=3, seed=9)
-    told = [{"text": row["text"], "finished": row["finished"]} for row in read_jsonl(run / f"{states}_answers.jsonl")]
+    told = [
+        {"text": row["text"], "finished": row["finished"]}
+        for row in read_jsonl(run / f"{states}_answers.jsonl")
+    ]
     assert told == [answers[0] for answers in expected]
-    assert {row["id"] for row in read_jsonl(run / f"{states}_answers.jsonl")} == {row["id"] for row in rows}
+    assert {row["id"] for row in read_jsonl(run / f"{states}_answers.jsonl")} == {
+        row["id"] for row in rows
+    }

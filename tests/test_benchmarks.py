@@ -31,14 +31,18 @@ def test_step(output):
             assert ways[name]["loss"] == pytest.approx(ways["padded"]["loss"], abs=limit)
         assert all(len(way["seconds"]) == 2 * case["timed"] for way in ways.values())
         assert all(way["peak_bytes"] >= way["alive_bytes"] > 0 for way in ways.values())
-        assert 0 < ways["prefdistill"]["flops"] < ways["padded"]["flops"] or case["note"]  # which takes y_T along
+        assert (
+            0 < ways["prefdistill"]["flops"] < ways["padded"]["flops"] or case["note"]
+        )  # which takes y_T along
     assert any(case["ways"].keys() >= TRL for case in result["cases"])
     tables = step.tables(result)
     assert all(table.count("\n") >= 2 for table in tables.values())
 
 
 def test_a_wrong_loss_stops_the_benchmark(output, monkeypatch):
-    monkeypatch.setattr(step, "padded_dckd", lambda *_, student, **__: student.model.lm_head.weight.square().mean())
+    monkeypatch.setattr(
+        step, "padded_dckd", lambda *_, student, **__: student.model.lm_head.weight.square().mean()
+    )
     with pytest.raises(SystemExit, match="the loss of padded is"):
         step.main(step.Args(quick=True, repeats=1, only="vocabulary", output=str(output)))
 
@@ -55,14 +59,19 @@ def test_sampling(output):
 def test_ideas(output):
     ideas.main(ideas.Args(quick=True, output=str(output)))
     result = json.loads(output.read_text())["ideas"]
-    assert all(idea["difference"] < 2e-2 and len(idea["with"]["seconds"]) == 2 for idea in result["ideas"].values())
+    assert all(
+        idea["difference"] < 2e-2 and len(idea["with"]["seconds"]) == 2
+        for idea in result["ideas"].values()
+    )
 
 
 def test_the_page_shows_what_was_measured():
     results = json.loads((ROOT / "benchmarks" / "results.json").read_text())
     page = (ROOT / "benchmarks" / "README.md").read_text()
     others = {"sampling": sampling, "whole": whole, "ideas": ideas}
-    made = step.tables(results["step"]) | {name: module.table(results[name]) for name, module in others.items()}
+    made = step.tables(results["step"]) | {
+        name: module.table(results[name]) for name, module in others.items()
+    }
     assert set(re.findall(r"<!-- results:(\w+) -->", page)) == made.keys()
     assert shared.fill(page, made) == page
     for script, stages in results["whole"]["scripts"].items():

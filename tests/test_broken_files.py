@@ -34,7 +34,9 @@ def test_r37_a_truncated_checkpoint_is_one_line(keep, tmp_path, capsys):
 
 def test_a_checkpoint_of_another_model_is_one_line(tmp_path, capsys):
     save_checkpoint(tmp_path / "c.pt", 3, model=torch.nn.Linear(2, 2))
-    assert "c.pt" in refused(capsys, lambda: load_checkpoint(tmp_path / "c.pt", model=torch.nn.Linear(3, 3)))
+    assert "c.pt" in refused(
+        capsys, lambda: load_checkpoint(tmp_path / "c.pt", model=torch.nn.Linear(3, 3))
+    )
 
 
 def test_a_checkpoint_that_runs_code_is_not_loaded(tmp_path, capsys):
@@ -55,7 +57,9 @@ def test_a_spoilt_line_inside_a_stage_is_one_line_and_stays(line, tmp_path, caps
     path = tmp_path / "answers.jsonl"
     good = json.dumps({"id": "0", "prompt": "p0", "text": "a"}).encode() + b"\n"
     path.write_bytes(good + line)
-    assert str(path) in refused(capsys, lambda: stage(path, rows, lambda some, _: [{"text": "b"}] * len(some), 1))
+    assert str(path) in refused(
+        capsys, lambda: stage(path, rows, lambda some, _: [{"text": "b"}] * len(some), 1)
+    )
     assert path.read_bytes() == good + line
 
 
@@ -70,8 +74,21 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
     run = tmp_path / "run"
-    flags = ["--max_steps", "4", "--save_every", "2", "--eval_prompts", "8", "--output_dir", str(run)]
-    how = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}, "capture_output": True}
+    flags = [
+        "--max_steps",
+        "4",
+        "--save_every",
+        "2",
+        "--eval_prompts",
+        "8",
+        "--output_dir",
+        str(run),
+    ]
+    how = {
+        "cwd": ROOT,
+        "env": {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
+        "capture_output": True,
+    }
     how |= {"text": True, "timeout": 200}
     done = subprocess.run([sys.executable, "-c", limited, "dckd.py", *flags], **how)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr

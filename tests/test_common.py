@@ -8,7 +8,17 @@ import torch
 from conftest import make_model, make_tokenizer, plain_log_probs, random_examples, save
 
 import common
-from common import LM, Example, make_examples, pack, per_token, read_rows, response_means, stage, target_logps
+from common import (
+    LM,
+    Example,
+    make_examples,
+    pack,
+    per_token,
+    read_rows,
+    response_means,
+    stage,
+    target_logps,
+)
 
 CPU = torch.device("cpu")
 SHAPES = [(7, [5, 3]), (1, [1, 9]), (12, [4, 4, 2]), (3, [6])]
@@ -40,10 +50,14 @@ def test_r05_r06_packed_log_probs_equal_plain_forward_passes(load, share_prefix)
     batch, logps = scored_logps(lm, examples)
     slow = slow_logps(lm, examples)
     assert len(batch.input_ids) == (len(examples) if share_prefix else 8)
-    assert logps.tolist() == pytest.approx([value for response in slow for value in response], abs=1e-4)
+    assert logps.tolist() == pytest.approx(
+        [value for response in slow for value in response], abs=1e-4
+    )
     assert batch.lengths.tolist() == [len(response) for response in slow]
     means = response_means(logps, batch.response_of, batch.lengths)
-    assert means.tolist() == pytest.approx([sum(response) / len(response) for response in slow], abs=1e-4)
+    assert means.tolist() == pytest.approx(
+        [sum(response) / len(response) for response in slow], abs=1e-4
+    )
 
 
 def test_r04_every_response_token_is_scored_once_and_no_prompt_token(load):
@@ -52,7 +66,9 @@ def test_r04_every_response_token_is_scored_once_and_no_prompt_token(load):
     batch = pack(examples, lm)
     responses = [response for example in examples for response in example.responses]
     assert batch.target_ids.tolist() == [token for response in responses for token in response]
-    assert batch.response_of.tolist() == [i for i, response in enumerate(responses) for _ in response]
+    assert batch.response_of.tolist() == [
+        i for i, response in enumerate(responses) for _ in response
+    ]
     flat = batch.input_ids.flatten()
     assert flat[batch.last].tolist() == [response[-1] for response in responses]
     assert flat[batch.source[batch.response_of.diff(prepend=torch.tensor([-1])) > 0]].tolist() == [
@@ -64,7 +80,11 @@ def test_r32_a_response_does_not_depend_on_its_neighbours(load):
     lm = load("student")
     examples = random_examples(lm.vocab_size, SHAPES)
     _, together = scored_logps(lm, examples)
-    alone = [scored_logps(lm, [Example(row, p, [r])])[1] for row, p, responses in examples for r in responses]
+    alone = [
+        scored_logps(lm, [Example(row, p, [r])])[1]
+        for row, p, responses in examples
+        for r in responses
+    ]
     assert torch.allclose(together, torch.cat(alone), atol=1e-4)
 
 
@@ -111,7 +131,12 @@ def test_r26_response_means_are_means_and_times_lengths_sums():
     values, response_of = torch.tensor([1.0, 2.0, 3.0, 10.0, 4.0]), torch.tensor([0, 0, 0, 1, 3])
     lengths = torch.tensor([3, 1, 2, 1])  # of response 2 no token is given: it gets 0
     means = response_means(values, response_of, lengths)
-    assert means.tolist() == [2.0, 10.0, 0.0, 4.0] and (means * lengths).tolist() == [6.0, 10.0, 0.0, 4.0]
+    assert means.tolist() == [2.0, 10.0, 0.0, 4.0] and (means * lengths).tolist() == [
+        6.0,
+        10.0,
+        0.0,
+        4.0,
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -149,12 +174,16 @@ def test_a_head_that_is_not_understood_ends_the_program(checkpoints, capsys, mon
     assert stopped.value.code == 2 and "LM head" in capsys.readouterr().err
 
 
-def test_an_architecture_that_ignores_the_mask_gets_a_row_per_response(checkpoints, capsys, monkeypatch):
+def test_an_architecture_that_ignores_the_mask_gets_a_row_per_response(
+    checkpoints, capsys, monkeypatch
+):
     from transformers.models.llama import modeling_llama
 
     plain = modeling_llama.create_causal_mask
     monkeypatch.setattr(  # every mask of ours is dropped for the ordinary causal one
-        modeling_llama, "create_causal_mask", lambda **kwargs: plain(**{**kwargs, "attention_mask": None})
+        modeling_llama,
+        "create_causal_mask",
+        lambda **kwargs: plain(**{**kwargs, "attention_mask": None}),
     )
     lm = LM(checkpoints["student"], CPU)
     assert not lm.share_prefix and "a row per response" in capsys.readouterr().out
@@ -185,7 +214,10 @@ def test_r49_code_that_comes_with_a_model_is_not_run_unasked(tmp_path, tokenizer
     path, ran = tmp_path / "model", tmp_path / "ran"
     save(path, tokenizer, make_model(len(tokenizer)))
     config = json.loads((path / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},
+    }
     (path / "config.json").write_text(json.dumps(config))
     (path / "own.py").write_text(f"open({str(ran)!r}, 'w').write('owned')\n")
     with pytest.raises(SystemExit):
@@ -196,17 +228,30 @@ def test_r49_code_that_comes_with_a_model_is_not_run_unasked(tmp_path, tokenizer
 # ---------------------------------------------------------------------------------------------------------- vocabulary
 def test_r01_heads_of_different_sizes_share_the_tokenizers_vocabulary(tmp_path, tokenizer):
     sizes = {"student": len(tokenizer) + 5, "teacher": len(tokenizer) + 17}
-    lms = [LM(save(tmp_path / name, tokenizer, make_model(size)), CPU) for name, size in sizes.items()]
+    lms = [
+        LM(save(tmp_path / name, tokenizer, make_model(size)), CPU) for name, size in sizes.items()
+    ]
     assert common.shared_vocab(*lms) == len(tokenizer)
     batch = pack(random_examples(len(tokenizer), SHAPES), *lms)
     scored = [(lm, lm.hidden_states(batch)[batch.source]) for lm in lms]
-    mass = per_token(lambda _, *log_probs: sum(p.exp().sum(-1) for p in log_probs), batch.target_ids, scored, 400, 1024)
-    assert torch.allclose(mass, torch.full_like(mass, 2.0), atol=1e-5)  # nothing is left on the padding
+    mass = per_token(
+        lambda _, *log_probs: sum(p.exp().sum(-1) for p in log_probs),
+        batch.target_ids,
+        scored,
+        400,
+        1024,
+    )
+    assert torch.allclose(
+        mass, torch.full_like(mass, 2.0), atol=1e-5
+    )  # nothing is left on the padding
 
 
 def test_r02_different_tokenizers_are_refused_with_both_names(tmp_path, tokenizer, capsys):
     other = make_tokenizer(text="entirely other words make other merges " * 50)
-    lms = [LM(save(tmp_path / n, t, make_model(len(t))), CPU) for n, t in (("one", tokenizer), ("two", other))]
+    lms = [
+        LM(save(tmp_path / n, t, make_model(len(t))), CPU)
+        for n, t in (("one", tokenizer), ("two", other))
+    ]
     with pytest.raises(SystemExit):
         common.shared_vocab(*lms)
     error = capsys.readouterr().err
@@ -218,7 +263,10 @@ QUESTION = [{"role": "user", "content": "What is it?"}]
 
 
 def lm_with(tokenizer, tmp_path, **config) -> LM:
-    return LM(save(tmp_path / f"lm{len(list(tmp_path.iterdir()))}", tokenizer, make_model(400, **config)), CPU)
+    return LM(
+        save(tmp_path / f"lm{len(list(tmp_path.iterdir()))}", tokenizer, make_model(400, **config)),
+        CPU,
+    )
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -229,9 +277,13 @@ def test_r12_r13_bos_once_and_end_once(tmp_path, chat, adds_bos):
     tokenizer = make_tokenizer(chat=chat)
     if adds_bos:
         bos = [("<|begin|>", tokenizer.bos_token_id)]
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|begin|> $A", special_tokens=bos)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|begin|> $A", special_tokens=bos
+        )
     lm = lm_with(tokenizer, tmp_path)
-    prompt, [finished, cut] = lm.encode(QUESTION, ["A thing.", {"text": "A thing.", "finished": False}])
+    prompt, [finished, cut] = lm.encode(
+        QUESTION, ["A thing.", {"text": "A thing.", "finished": False}]
+    )
     assert (prompt + finished).count(tokenizer.bos_token_id) == (1 if chat or adds_bos else 0)
     assert finished.count(tokenizer.eos_token_id) == 1 and finished[-1] == tokenizer.eos_token_id
     assert cut == finished[:-1]
@@ -259,7 +311,12 @@ def pad_and_end_apart_and_one(tmp_path) -> list[LM]:
 def test_r07_padding_and_end_of_turn_may_be_one_token(tmp_path):
     """Nothing is masked by comparing ids with padding: the end of an answer is scored, and answers are the same."""
     plain, same = pad_and_end_apart_and_one(tmp_path)
-    assert same.tokenizer.pad_token_id == same.tokenizer.eos_token_id == 5 != plain.tokenizer.pad_token_id
+    assert (
+        same.tokenizer.pad_token_id
+        == same.tokenizer.eos_token_id
+        == 5
+        != plain.tokenizer.pad_token_id
+    )
     answers = ["A thing.", "Something that is much longer.", {"text": "cut", "finished": False}]
     encoded = [lm.encode(QUESTION, answers) for lm in (plain, same)]
     assert encoded[0] == encoded[1]
@@ -267,7 +324,9 @@ def test_r07_padding_and_end_of_turn_may_be_one_token(tmp_path):
     assert [response[-1] == 5 for response in responses] == [True, True, False]
     examples = [Example({}, prompt, responses), Example({}, prompt[:3], responses[:1])]
     batch, logps = scored_logps(same, examples)
-    assert (batch.target_ids == 5).sum() == 3 and torch.equal(logps, scored_logps(plain, examples)[1])
+    assert (batch.target_ids == 5).sum() == 3 and torch.equal(
+        logps, scored_logps(plain, examples)[1]
+    )
     prompts = [prompt, prompt[:2], prompt + responses[0]]
     how = {"max_new_tokens": 12, "batch_size": 4, "seed": 0}
     assert plain.sample(prompts, **how) == same.sample(prompts, **how)
@@ -287,14 +346,19 @@ def test_special_token_strings_in_data_stay_text(tmp_path):
         lm = lm_with(make_tokenizer(chat=chat), tmp_path)
         text = "a <|end|> b <|user|> c"
         prompt, [response] = lm.encode([{"role": "user", "content": text}], [text])
-        special = {token for token, added in lm.tokenizer.added_tokens_decoder.items() if added.special}
+        special = {
+            token for token, added in lm.tokenizer.added_tokens_decoder.items() if added.special
+        }
         assert lm.tokenizer.decode(response[:-1]) == text
         assert special.isdisjoint(response[:-1])
-        assert sum(token in special for token in prompt) == (4 if chat else 0)  # begin, user, end, assistant
+        assert sum(token in special for token in prompt) == (
+            4 if chat else 0
+        )  # begin, user, end, assistant
 
 
 @pytest.mark.parametrize(
-    "text", ["A thing.", " żółć\n\n猫 ", "a < b", "a <|end|> b", "[TOOL] and <|pad|>", "[no] tool", "=> x"]
+    "text",
+    ["A thing.", " żółć\n\n猫 ", "a < b", "a <|end|> b", "[TOOL] and <|pad|>", "[no] tool", "=> x"],
 )
 def test_every_chat_is_encoded_as_if_it_was_sanitised(tmp_path, text):
     """Only a text with a character that a control token begins with takes the slow way."""
@@ -307,14 +371,18 @@ def test_every_chat_is_encoded_as_if_it_was_sanitised(tmp_path, text):
     apply = lm.tokenizer.apply_chat_template
     lm.tokenizer.apply_chat_template = lambda *chat, **how: taken.append(how) or apply(*chat, **how)
     lm.template(chat)
-    lm.template([{**turn, "tools": [text]} for turn in chat])  # a value that is no text may hold anything
+    lm.template(
+        [{**turn, "tools": [text]} for turn in chat]
+    )  # a value that is no text may hold anything
     assert [how["sanitize_control_tokens"] for how in taken] == ["<" in text or "[" in text, True]
 
 
 def test_r16_prompts_of_several_turns(tmp_path, tokenizer):
     lm = lm_with(tokenizer, tmp_path)
     turns = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi."), ("user", "Bye")]
-    prompt, [response] = lm.encode([{"role": role, "content": text} for role, text in turns], ["See you."])
+    prompt, [response] = lm.encode(
+        [{"role": role, "content": text} for role, text in turns], ["See you."]
+    )
     expected = "<|begin|><|system|>Be brief.<|end|><|user|>Hello<|end|><|assistant|>Hi.<|end|><|user|>Bye<|end|>"
     assert lm.tokenizer.decode(prompt) == expected + "<|assistant|>"
     assert lm.tokenizer.decode(response) == "See you.<|end|>"
@@ -323,13 +391,16 @@ def test_r16_prompts_of_several_turns(tmp_path, tokenizer):
 def test_r14_r16_templates_that_refuse_or_rewrite_a_prompt_end_the_program(tmp_path, capsys):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        + CHAT
     )
     lm = lm_with(tokenizer, tmp_path)
     with pytest.raises(SystemExit):
         lm.encode([{"role": "system", "content": "x"}, *QUESTION], ["y"])
     assert "no system role" in capsys.readouterr().err
-    lm.tokenizer.chat_template = "{% if messages[-1]['role'] == 'assistant' %}answered: {% endif %}" + CHAT
+    lm.tokenizer.chat_template = (
+        "{% if messages[-1]['role'] == 'assistant' %}answered: {% endif %}" + CHAT
+    )
     with pytest.raises(SystemExit):
         lm.encode(QUESTION, ["y"])
     assert "otherwise once it is answered" in capsys.readouterr().err
@@ -356,7 +427,8 @@ CONVERSATIONS = {
 FORMS = {
     "text": PLAIN,
     "messages as prompt": PLAIN | {"prompt": [turn("user", "p")]},
-    "answers as messages": PLAIN | {"chosen": [turn("assistant", "good")], "rejected": [turn("assistant", "bad")]},
+    "answers as messages": PLAIN
+    | {"chosen": [turn("assistant", "good")], "rejected": [turn("assistant", "bad")]},
     "prompt and conversations": PLAIN | CONVERSATIONS,
     "implicit prompt": CONVERSATIONS,
 }
@@ -380,7 +452,9 @@ def test_all_forms_of_a_row_read_the_same(tmp_path, form, suffix):
 
 
 def test_text_that_looks_like_a_date_stays_text(tmp_path):
-    [row] = read_rows(write_lines(tmp_path / "rows.jsonl", PLAIN | {"prompt": "2021-01-01"}), "train")
+    [row] = read_rows(
+        write_lines(tmp_path / "rows.jsonl", PLAIN | {"prompt": "2021-01-01"}), "train"
+    )
     assert row["prompt"][0]["content"] == "2021-01-01"
 
 
@@ -391,20 +465,28 @@ def test_text_that_looks_like_a_date_stays_text(tmp_path):
 )
 def test_r15_implicit_prompts_end_where_the_last_turn_begins(tmp_path, good, bad):
     shared = [turn("user", "Is it?"), turn("assistant", "Maybe."), turn("user", "Well?")]
-    row = {"chosen": [*shared, turn("assistant", good)], "rejected": [*shared, turn("assistant", bad)]}
+    row = {
+        "chosen": [*shared, turn("assistant", good)],
+        "rejected": [*shared, turn("assistant", bad)],
+    }
     [read] = read_rows(write_lines(tmp_path / "rows.jsonl", row), "train")
     assert (read["prompt"], read["chosen"], read["rejected"]) == (shared, good, bad)
 
 
 BAD_FILES = {
-    "broken line": (b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "cho', "line 2"),
+    "broken line": (
+        b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "cho',
+        "line 2",
+    ),
     "not UTF-8": (b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "\xff"}', "line 2"),
     "missing column": (b'{"prompt": "a", "chosen": "b"}', "row 1"),
     "number as prompt": (b'{"prompt": 3, "chosen": "b", "rejected": "c"}', "row 1"),
     "null as answer": (b'{"prompt": "a", "chosen": null, "rejected": "c"}', "row 1"),
     "no prompt": (b'{"chosen": "b", "rejected": "c"}', "row 1"),
     "different contexts": (
-        json.dumps(CONVERSATIONS | {"rejected": [turn("user", "q"), turn("assistant", "c")]}).encode(),
+        json.dumps(
+            CONVERSATIONS | {"rejected": [turn("user", "q"), turn("assistant", "c")]}
+        ).encode(),
         "row 1",
     ),
     "not an object": (b"[1, 2]", "row 1"),
@@ -420,10 +502,14 @@ def test_r46_bad_files_are_one_line_with_the_place(tmp_path, capsys, case):
     with pytest.raises(SystemExit) as stopped:
         read_rows(str(path), "train")
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and place in error and str(path) in error and error.count("\n") == 1
+    assert (
+        stopped.value.code == 2 and place in error and str(path) in error and error.count("\n") == 1
+    )
 
 
-@pytest.mark.parametrize("source", ["/no/such/file.jsonl", "/no/such/file.parquet", "no-such/hub-id", "/no/folder"])
+@pytest.mark.parametrize(
+    "source", ["/no/such/file.jsonl", "/no/such/file.parquet", "no-such/hub-id", "/no/folder"]
+)
 def test_r46_missing_data_is_one_line(source, capsys):
     with pytest.raises(SystemExit):
         read_rows(source, "train")
@@ -453,7 +539,9 @@ def test_r17_r18_r19_r46_rows_that_do_not_fit_are_dropped_and_counted(load, tmp_
     assert "no row left: 0 of 5 rows" in capsys.readouterr().err
 
 
-def test_r08_a_sample_that_never_ended_is_cut_at_the_limit_again_and_a_finished_one_is_not(load, capsys):
+def test_r08_a_sample_that_never_ended_is_cut_at_the_limit_again_and_a_finished_one_is_not(
+    load, capsys
+):
     """Its text may take more tokens than were sampled: text to tokens is not the inverse of tokens to text."""
     lm, prompt = load("student"), [turn("user", "hi")]
     long = {"text": "what a long answer this is", "finished": False}
@@ -479,11 +567,21 @@ def test_r34_a_stage_is_completed_not_trusted_and_not_duplicated(tmp_path):
     whole = stage(path, ROWS, produce, 3)
     assert calls == [0, 3, 6] and [row["id"] for row in whole] == [row["id"] for row in ROWS]
     lines = path.read_text().splitlines(keepends=True)
-    for cut in (0, 10, len(lines[0]), len("".join(lines[:4])) - 1, len("".join(lines[:4])), len("".join(lines)) - 1):
+    for cut in (
+        0,
+        10,
+        len(lines[0]),
+        len("".join(lines[:4])) - 1,
+        len("".join(lines[:4])),
+        len("".join(lines)) - 1,
+    ):
         calls.clear()
         path.write_text("".join(lines)[:cut])
         assert stage(path, ROWS, produce, 3) == whole
-        assert sorted(map(json.loads, path.read_text().splitlines()), key=lambda row: row["id"]) == whole
+        assert (
+            sorted(map(json.loads, path.read_text().splitlines()), key=lambda row: row["id"])
+            == whole
+        )
     calls.clear()
     path.write_text("".join(reversed(lines)))  # made elsewhere, in completion order
     assert stage(path, ROWS, produce, 3) == whole and calls == []
@@ -513,7 +611,9 @@ def slow_greedy(lm, prompt, length=12) -> tuple[list[int], bool]:
     return ids[len(prompt) :], False
 
 
-PROMPTS = [example.prompt for example in random_examples(400, [(n, []) for n in (3, 17, 1, 9, 9, 2)])]
+PROMPTS = [
+    example.prompt for example in random_examples(400, [(n, []) for n in (3, 17, 1, 9, 9, 2)])
+]
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -523,7 +623,10 @@ def test_r41_r42_greedy_answers_equal_a_plain_loop_whatever_the_batch(load, n, b
     answers = lm.sample(PROMPTS, n=n, temperature=0.0, **(HOW | {"batch_size": batch_size}))
     for prompt, several in zip(PROMPTS, answers, strict=True):
         ids, finished = slow_greedy(lm, prompt)
-        expected = {"text": lm.tokenizer.decode(ids, skip_special_tokens=True), "finished": finished}
+        expected = {
+            "text": lm.tokenizer.decode(ids, skip_special_tokens=True),
+            "finished": finished,
+        }
         assert several == [expected] * n
 
 
@@ -542,9 +645,13 @@ def test_sampled_frequencies_are_the_models_probabilities(load):
     with torch.no_grad():
         probs = lm.model(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)
     for token in probs.topk(5).indices.tolist():
-        same_text = [t for t in range(400) if lm.tokenizer.decode([t]) == lm.tokenizer.decode([token])]
+        same_text = [
+            t for t in range(400) if lm.tokenizer.decode([t]) == lm.tokenizer.decode([token])
+        ]
         p = probs[same_text].sum().item()
-        seen = sum(text == lm.tokenizer.decode([token], skip_special_tokens=True) for text in texts) / len(texts)
+        seen = sum(
+            text == lm.tokenizer.decode([token], skip_special_tokens=True) for text in texts
+        ) / len(texts)
         assert seen == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / len(texts)) + 1e-3)
 
 
@@ -554,13 +661,21 @@ def test_r39_the_checkpoints_generation_config_does_not_leak(tmp_path, tokenizer
     model = make_model(len(tokenizer))
     plain = LM(save(tmp_path / "plain", tokenizer, model), CPU)
     ends = [tokenizer.eos_token_id, 77]
-    opinions = {"temperature": 0.01, "top_k": 1, "top_p": 0.1, "repetition_penalty": 9.0, "min_new_tokens": 9}
+    opinions = {
+        "temperature": 0.01,
+        "top_k": 1,
+        "top_p": 0.1,
+        "repetition_penalty": 9.0,
+        "min_new_tokens": 9,
+    }
     model.generation_config = GenerationConfig(do_sample=True, eos_token_id=ends, **opinions)
     opinionated = LM(save(tmp_path / "opinionated", tokenizer, model), CPU)
     assert opinionated.end_ids == ends  # several end-of-turn ids, the only thing that is taken
     opinionated.end_ids = plain.end_ids
     assert opinionated.sample(PROMPTS, **HOW) == plain.sample(PROMPTS, **HOW)
-    assert opinionated.model.generation_config.repetition_penalty == 9.0  # and it is saved as it was
+    assert (
+        opinionated.model.generation_config.repetition_penalty == 9.0
+    )  # and it is saved as it was
 
 
 def test_r40_sampling_works_while_training_with_gradient_checkpointing(load):
@@ -575,7 +690,12 @@ def reward_model(tmp_path, tokenizer):
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = LlamaConfig(vocab_size=len(tokenizer), num_labels=1, initializer_range=0.3, **shape)
     config.pad_token_id = tokenizer.eos_token_id  # the trap: padding and end of turn are one id
     model = LlamaForSequenceClassification(config)
@@ -584,7 +704,10 @@ def reward_model(tmp_path, tokenizer):
 
 def test_r43_a_reward_model_is_read_at_the_last_token_even_when_pad_is_eos(reward_model, load):
     path, model = reward_model
-    prompts, answers = [QUESTION] * 5, ["A.", "Something much longer than that.", "", "B", "Nothing at all."]
+    prompts, answers = (
+        [QUESTION] * 5,
+        ["A.", "Something much longer than that.", "", "B", "Nothing at all."],
+    )
     scores = common.load_reward(path, CPU, batch_size=2)(prompts, answers)
     lm = load("student")
     for prompt, answer, score in zip(prompts, answers, scores):

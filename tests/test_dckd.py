@@ -25,7 +25,9 @@ def slow_kl(teacher, student, top_k=0) -> list[float]:
         kept = order[: top_k or len(theirs)]
         events = [(theirs[a], ours[a]) for a in kept]
         if len(kept) < len(order):
-            events.append((sum(theirs[a] for a in order[top_k:]), sum(ours[a] for a in order[top_k:])))
+            events.append(
+                (sum(theirs[a] for a in order[top_k:]), sum(ours[a] for a in order[top_k:]))
+            )
         result.append(sum(p * (math.log(p) - math.log(q)) for p, q in events if p > 0))
     return result
 
@@ -33,8 +35,12 @@ def slow_kl(teacher, student, top_k=0) -> list[float]:
 # -------------------------------------------------------------------------------------------------------- mathematics
 def test_r24_forward_kl_of_two_tokens_by_hand():
     teacher, student = (torch.tensor([[p, 1 - p]], dtype=torch.float64).log() for p in (0.75, 0.5))
-    assert forward_kl(teacher, student).item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
-    assert forward_kl(teacher, student).item() == pytest.approx(0.130812, abs=1e-6)  # the other direction: 0.143841
+    assert forward_kl(teacher, student).item() == pytest.approx(
+        0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    )
+    assert forward_kl(teacher, student).item() == pytest.approx(
+        0.130812, abs=1e-6
+    )  # the other direction: 0.143841
     assert forward_kl(student, teacher).item() == pytest.approx(0.143841, abs=1e-6)
 
 
@@ -42,7 +48,9 @@ def test_r24_forward_kl_of_two_tokens_by_hand():
 @pytest.mark.parametrize("seed", range(3))
 def test_kl_equals_a_slow_loop(top_k, seed):
     teacher, student = random_log_probs(seed=seed), random_log_probs(seed=seed + 100)
-    assert forward_kl(teacher, student, top_k).tolist() == pytest.approx(slow_kl(teacher, student, top_k), abs=1e-9)
+    assert forward_kl(teacher, student, top_k).tolist() == pytest.approx(
+        slow_kl(teacher, student, top_k), abs=1e-9
+    )
     single = forward_kl(teacher.float(), student.float(), top_k).tolist()
     assert single == pytest.approx(slow_kl(teacher, student, top_k), abs=1e-5)
 
@@ -77,7 +85,9 @@ def test_r10_excluded_tokens_give_no_nan(top_k):
     """A model that masks tokens has logits of −inf."""
     inf = math.inf
     teacher_logits = torch.tensor([[1.0, -inf, 0.5, -inf, 0.2], [2.0, 1.0, -inf, -inf, -inf]])
-    logits = torch.tensor([[0.3, -inf, 0.5, 0.1, 0.7], [0.1, 0.2, -inf, 0.4, -inf]], requires_grad=True)
+    logits = torch.tensor(
+        [[0.3, -inf, 0.5, 0.1, 0.7], [0.1, 0.2, -inf, 0.4, -inf]], requires_grad=True
+    )
     teacher, student = teacher_logits.log_softmax(-1), logits.log_softmax(-1)
     kl = forward_kl(teacher, student, top_k)
     assert kl.tolist() == pytest.approx(slow_kl_with_zeros(teacher, student, top_k), abs=1e-5)
@@ -91,7 +101,9 @@ def slow_kl_with_zeros(teacher, student, top_k):
 
 
 def test_a_rest_that_rounds_to_nothing_stays_finite():
-    logits = torch.tensor([[60.0, 0.0, -5.0, -9.0]], requires_grad=True)  # 1 − p rounds to 0 in float32
+    logits = torch.tensor(
+        [[60.0, 0.0, -5.0, -9.0]], requires_grad=True
+    )  # 1 − p rounds to 0 in float32
     for teacher, student in ((logits.detach(), torch.randn(1, 4)), (torch.randn(1, 4), logits)):
         kl = forward_kl(teacher.log_softmax(-1), student.log_softmax(-1), 1)
         assert kl.isfinite().all() and kl.item() > 0
@@ -101,16 +113,23 @@ def test_a_rest_that_rounds_to_nothing_stays_finite():
 
 
 # -------------------------------------------------------------------------------------------- one step of the script
-def slow_step(student: str, teacher: str, pairs, top_k=0) -> tuple[dict[str, float], dict[str, list[torch.Tensor]]]:
+def slow_step(
+    student: str, teacher: str, pairs, top_k=0
+) -> tuple[dict[str, float], dict[str, list[torch.Tensor]]]:
     """The three terms over all pairs, and the gradient of each, in float64: one plain forward pass after the other."""
     lm = LM(student, torch.device("cpu"))
     examples = make_examples(lm, read_rows(str(pairs), "train"), ("chosen", "rejected"), 512, 256)
-    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in (student, teacher)]
+    models = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+        for path in (student, teacher)
+    ]
     terms = {"sft": 0.0, "kl_chosen": 0.0, "kl_rejected": 0.0}
     for _, prompt, responses in examples:
         for side, response in zip(("chosen", "rejected"), responses):
             ours, theirs = (
-                model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, : lm.vocab_size]
+                model(torch.tensor([prompt + response])).logits[
+                    0, len(prompt) - 1 : -1, : lm.vocab_size
+                ]
                 for model in models
             )
             ours, theirs = ours.log_softmax(-1), theirs.detach().log_softmax(-1)
@@ -126,7 +145,10 @@ def slow_step(student: str, teacher: str, pairs, top_k=0) -> tuple[dict[str, flo
             if side == "chosen":
                 terms["sft"] += nll / len(response) / len(examples)
     parameters = list(models[0].parameters())
-    gradients = {name: torch.autograd.grad(term, parameters, retain_graph=True) for name, term in terms.items()}
+    gradients = {
+        name: torch.autograd.grad(term, parameters, retain_graph=True)
+        for name, term in terms.items()
+    }
     return {name: term.item() for name, term in terms.items()}, gradients
 
 
@@ -136,7 +158,9 @@ def assert_gradient(run, expected):
 
 
 @pytest.mark.parametrize("top_k", [0, 5])
-def test_r04_a_step_equals_a_slow_loop_over_plain_forward_passes(checkpoints, pairs, run_tiny, top_k):
+def test_r04_a_step_equals_a_slow_loop_over_plain_forward_passes(
+    checkpoints, pairs, run_tiny, top_k
+):
     weights = {"kl_chosen": 0.7, "kl_rejected": 0.4}
     run = run_tiny("dckd", **weights, top_k=top_k)
     terms, gradients = slow_step(checkpoints["student"], checkpoints["teacher"], pairs, top_k)
@@ -147,7 +171,9 @@ def test_r04_a_step_equals_a_slow_loop_over_plain_forward_passes(checkpoints, pa
     assert row["losses/total"] == pytest.approx(total, rel=1e-4)
     expected = [
         sft + 0.7 * chosen + 0.4 * rejected
-        for sft, chosen, rejected in zip(gradients["sft"], gradients["kl_chosen"], gradients["kl_rejected"])
+        for sft, chosen, rejected in zip(
+            gradients["sft"], gradients["kl_chosen"], gradients["kl_rejected"]
+        )
     ]
     assert_gradient(run, expected)
     norm = sum(gradient.square().sum() for gradient in expected).sqrt().item()
@@ -181,7 +207,9 @@ def test_r29_a_student_that_is_its_teacher_has_kl_zero(checkpoints, pairs, run_t
 
 def test_swapped_answers_leave_the_kl_as_it_is(pairs, run_tiny, tmp_path):
     swapped = tmp_path / "swapped.jsonl"
-    rows = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in read_jsonl(pairs)]
+    rows = [
+        row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in read_jsonl(pairs)
+    ]
     swapped.write_text("".join(json.dumps(row) + "\n" for row in rows))
     [one], [other] = (
         read_jsonl(run_tiny("dckd", data=data, kl_chosen=1, kl_rejected=1) / "metrics.jsonl")
@@ -190,4 +218,6 @@ def test_swapped_answers_leave_the_kl_as_it_is(pairs, run_tiny, tmp_path):
     assert one["losses/kl_chosen"] == pytest.approx(other["losses/kl_rejected"], rel=1e-5)
     assert one["losses/kl_rejected"] == pytest.approx(other["losses/kl_chosen"], rel=1e-5)
     kl = [row["losses/total"] - row["losses/sft"] for row in (one, other)]
-    assert kl[0] == pytest.approx(kl[1], rel=1e-5) and one["losses/sft"] != pytest.approx(other["losses/sft"], rel=1e-3)
+    assert kl[0] == pytest.approx(kl[1], rel=1e-5) and one["losses/sft"] != pytest.approx(
+        other["losses/sft"], rel=1e-3
+    )

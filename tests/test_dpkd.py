@@ -8,7 +8,16 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import ROOT, first_gradient, make_model, make_tokenizer, read_jsonl, run_script, save, vowels
+from conftest import (
+    ROOT,
+    first_gradient,
+    make_model,
+    make_tokenizer,
+    read_jsonl,
+    run_script,
+    save,
+    vowels,
+)
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
@@ -18,7 +27,10 @@ from common import LM, load_checkpoint, make_examples, read_rows, save_checkpoin
 from dpkd import Waiting, implicit_rewards, preference_loss, read_corpus
 
 CPU = torch.device("cpu")
-PLAYGROUND = {"student": "playground/student", "teacher": "playground/teacher"}  # whose answers are text, and end
+PLAYGROUND = {
+    "student": "playground/student",
+    "teacher": "playground/teacher",
+}  # whose answers are text, and end
 LENGTHS = [5, 1, 3, 7, 2, 2]  # of three pairs y_t, y_s
 
 
@@ -46,7 +58,9 @@ def slow_rewards(student, teacher, lengths, beta, normalize) -> list[float]:
 # -------------------------------------------------------------------------------------------------------- mathematics
 def test_one_pair_by_hand():
     """q(y_t) = 1/2 · 1/4, p(y_t) = 1/2 · 1/2; q(y_s) = 1/2, p(y_s) = 1/8: the margin is (2/2) log ½ − 2 log 4."""
-    student, teacher = (torch.tensor(probs).log() for probs in ([0.5, 0.25, 0.5], [0.5, 0.5, 0.125]))
+    student, teacher = (
+        torch.tensor(probs).log() for probs in ([0.5, 0.25, 0.5], [0.5, 0.5, 0.125])
+    )
     rewards = implicit_rewards(student, teacher, *layout([2, 1]), 2.0, True)
     assert rewards.tolist() == pytest.approx([math.log(0.5), 2 * math.log(4)])
     [loss], [margin] = preference_loss(rewards)
@@ -66,13 +80,17 @@ def test_r26_rewards_and_loss_equal_a_slow_loop(normalize, beta):
     assert rewards.tolist() == pytest.approx(slow, rel=1e-5, abs=1e-6)
     loss, margins = preference_loss(rewards)
     assert loss.tolist() == pytest.approx(losses, rel=1e-5, abs=1e-6)
-    assert margins.tolist() == pytest.approx([y_t - y_s for y_t, y_s in zip(slow[::2], slow[1::2])], rel=1e-5, abs=1e-5)
+    assert margins.tolist() == pytest.approx(
+        [y_t - y_s for y_t, y_s in zip(slow[::2], slow[1::2])], rel=1e-5, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_r29_a_student_that_is_its_teacher_has_loss_log_2_for_every_pair(normalize):
     logps = random_logps(1)
-    losses, margins = preference_loss(implicit_rewards(logps, logps.clone(), *layout(LENGTHS), 3.0, normalize))
+    losses, margins = preference_loss(
+        implicit_rewards(logps, logps.clone(), *layout(LENGTHS), 3.0, normalize)
+    )
     assert margins.tolist() == [0.0] * 3 and losses.tolist() == [torch.tensor(2.0).log().item()] * 3
 
 
@@ -81,15 +99,22 @@ def test_r24_exchanged_answers_negate_the_margin():
     _, margins = preference_loss(implicit_rewards(student, teacher, *layout(LENGTHS), 1.5, True))
     order = [1, 0, 3, 2, 5, 4]
     where = [torch.cat([values.split(LENGTHS)[i] for i in order]) for values in (student, teacher)]
-    _, swapped = preference_loss(implicit_rewards(*where, *layout([LENGTHS[i] for i in order]), 1.5, True))
+    _, swapped = preference_loss(
+        implicit_rewards(*where, *layout([LENGTHS[i] for i in order]), 1.5, True)
+    )
     assert torch.allclose(margins, -swapped, atol=1e-5) and margins.abs().min() > 0.01
 
 
 def test_answers_of_twice_the_length_have_the_same_normalised_margin():
     student, teacher = random_logps(1), random_logps(2)
-    twice = [torch.cat([part.repeat(2) for part in values.split(LENGTHS)]) for values in (student, teacher)]
+    twice = [
+        torch.cat([part.repeat(2) for part in values.split(LENGTHS)])
+        for values in (student, teacher)
+    ]
     for normalize, factor in ((True, 1), (False, 2)):
-        _, once = preference_loss(implicit_rewards(student, teacher, *layout(LENGTHS), 1.5, normalize))
+        _, once = preference_loss(
+            implicit_rewards(student, teacher, *layout(LENGTHS), 1.5, normalize)
+        )
         doubled = layout([2 * length for length in LENGTHS])
         _, margins = preference_loss(implicit_rewards(*twice, *doubled, 1.5, normalize))
         assert torch.allclose(margins, factor * once, atol=1e-5)
@@ -115,7 +140,11 @@ def test_r10_excluded_tokens_give_no_nan_and_a_broken_model_is_not_hidden():
     preference_loss(rewards)[0].sum().backward()
     assert student.grad.isfinite().all() and not student.grad[[1, 2, 4]].any()
     broken = torch.tensor([math.nan, -1.0])  # r33: it must end the run
-    assert preference_loss(implicit_rewards(broken, -torch.ones(2), *layout([1, 1]), 1.0, True))[0].isnan().all()
+    assert (
+        preference_loss(implicit_rewards(broken, -torch.ones(2), *layout([1, 1]), 1.0, True))[0]
+        .isnan()
+        .all()
+    )
 
 
 # -------------------------------------------------------------------------------------------- one step of the script
@@ -129,31 +158,48 @@ def slow_step(run, checkpoints, pairs, beta=1.0, normalize=True, corpus=()):
     assert count >= 5  # noise of random models may take more than 40 tokens once it is text
     order = torch.randperm(count, generator=torch.Generator().manual_seed(1)).tolist()
     examples = [examples[i] for i in order]
-    answers = lm.sample([example.prompt for example in examples], max_new_tokens=40, batch_size=256, seed=1)
+    answers = lm.sample(
+        [example.prompt for example in examples], max_new_tokens=40, batch_size=256, seed=1
+    )
     for example, (answer,) in zip(examples, answers):
         [y_s] = lm.encode(example.row["prompt"], [answer])[1]
         example.responses.append(y_s if answer["finished"] else y_s[:40])
-    models = [AutoModelForCausalLM.from_pretrained(checkpoints[m], dtype=torch.float64) for m in ("student", "teacher")]
+    models = [
+        AutoModelForCausalLM.from_pretrained(checkpoints[m], dtype=torch.float64)
+        for m in ("student", "teacher")
+    ]
 
     def logps(model, prompt, response):
-        values = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, : lm.vocab_size]
+        values = model(torch.tensor([prompt + response])).logits[
+            0, len(prompt) - 1 : -1, : lm.vocab_size
+        ]
         return sum(values.log_softmax(-1)[t, token] for t, token in enumerate(response))
 
     terms = {"preference": 0.0, "margin": 0.0, "sft": 0.0, "lm": 0.0}
     for _, prompt, responses in examples:
         rewards, norms = [], [len(r) if normalize else 1 for r in responses]
         for response, norm in zip(responses, norms):
-            ours, theirs = logps(models[0], prompt, response), logps(models[1], prompt, response).detach()
+            ours, theirs = (
+                logps(models[0], prompt, response),
+                logps(models[1], prompt, response).detach(),
+            )
             rewards.append(beta / norm * (ours - theirs))
         margin = rewards[0] - rewards[1]
         terms["margin"] += margin / count
         terms["preference"] += (1 + (-margin).exp()).log() / count
         terms["sft"] -= logps(models[0], prompt, responses[0]) / len(responses[0]) / count
     for document in random.Random(1).choices(corpus, k=count) if corpus else ():
-        terms["lm"] -= logps(models[0], document.prompt, document.responses[0]) / len(document.responses[0]) / count
+        terms["lm"] -= (
+            logps(models[0], document.prompt, document.responses[0])
+            / len(document.responses[0])
+            / count
+        )
     parameters = list(models[0].parameters())
     terms = {name: term for name, term in terms.items() if name != "lm" or corpus}
-    gradients = {name: torch.autograd.grad(term, parameters, retain_graph=True) for name, term in terms.items()}
+    gradients = {
+        name: torch.autograd.grad(term, parameters, retain_graph=True)
+        for name, term in terms.items()
+    }
     return {name: term.item() for name, term in terms.items()}, gradients
 
 
@@ -166,23 +212,31 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_r04_a_step_equals_a_slow_loop_over_plain_forward_passes(checkpoints, pairs, run_tiny, tmp_path, setting):
+def test_r04_a_step_equals_a_slow_loop_over_plain_forward_passes(
+    checkpoints, pairs, run_tiny, tmp_path, setting
+):
     method, weights = SETTINGS[setting]
     flags = {"beta": method.get("beta", 1.0), "no-length_normalize": "length_normalize" in method}
     flags |= {f"{name}_coef": value for name, value in weights.items()}
     corpus = ()
     if "lm" in weights:
         flags["lm_data"] = tmp_path / "corpus.txt"
-        flags["lm_data"].write_text("A text about nothing.\nAnother one, which is a little longer.\nx\n")
+        flags["lm_data"].write_text(
+            "A text about nothing.\nAnother one, which is a little longer.\nx\n"
+        )
         corpus = read_corpus(LM(checkpoints["student"], CPU), str(flags["lm_data"]), "train", 40)
     run = run_tiny("dpkd", **flags)
-    terms, gradients = slow_step(run, checkpoints, pairs, flags["beta"], "length_normalize" not in method, corpus)
+    terms, gradients = slow_step(
+        run, checkpoints, pairs, flags["beta"], "length_normalize" not in method, corpus
+    )
     row = read_jsonl(run / "metrics.jsonl")[-1]
     assert ("losses/lm" in row) == bool(corpus)
     for name in gradients:
         assert row[f"losses/{name}"] == pytest.approx(terms[name], rel=2e-4, abs=1e-5)
     weights = {"preference": 1.0, **weights}
-    assert row["losses/total"] == pytest.approx(sum(weights[name] * terms[name] for name in weights), rel=2e-4)
+    assert row["losses/total"] == pytest.approx(
+        sum(weights[name] * terms[name] for name in weights), rel=2e-4
+    )
     for i, ours in enumerate(first_gradient(run)):
         expected = sum(weight * gradients[name][i] for name, weight in weights.items())
         torch.testing.assert_close(ours.double(), expected, rtol=2e-3, atol=1e-4)
@@ -196,7 +250,9 @@ def test_r29_a_run_with_the_student_as_teacher_begins_at_log_2(checkpoints, run_
 
 def test_no_answer_of_the_data_is_used(pairs, run_tiny, tmp_path):
     other = tmp_path / "other.jsonl"
-    other.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in read_jsonl(pairs)))
+    other.write_text(
+        "".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in read_jsonl(pairs))
+    )
     one, two = (first_gradient(run_tiny("dpkd", data=data)) for data in (pairs, other))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
@@ -206,44 +262,79 @@ def test_the_teachers_answers_are_sampled_once_from_the_first_prompts(pairs, run
     run = run_tiny("dpkd", **PLAYGROUND, teacher_answers=3, batch_size=2, max_steps=5)
     lm = LM(PLAYGROUND["teacher"], CPU)
     rows, told = read_rows(str(pairs), "train", ())[:3], read_jsonl(run / "teacher_answers.jsonl")
-    expected = lm.sample([lm.encode(row["prompt"])[0] for row in rows], max_new_tokens=40, batch_size=256, seed=1)
+    expected = lm.sample(
+        [lm.encode(row["prompt"])[0] for row in rows], max_new_tokens=40, batch_size=256, seed=1
+    )
     assert [row["id"] for row in told] == [row["id"] for row in rows]
-    assert [(row["text"], row["finished"]) for row in told] == [(a["text"], a["finished"]) for (a,) in expected]
+    assert [(row["text"], row["finished"]) for row in told] == [
+        (a["text"], a["finished"]) for (a,) in expected
+    ]
     assert read_jsonl(run / "metrics.jsonl")[-1]["charts/epoch"] == 2.5
 
 
-def test_the_watched_log_probs_are_means_over_tokens_of_answers_that_never_change(checkpoints, run_tiny):
+def test_the_watched_log_probs_are_means_over_tokens_of_answers_that_never_change(
+    checkpoints, run_tiny
+):
     run = run_tiny("dpkd", eval_prompts=8, max_steps=2, eval_every=1)
     first, _, last = read_jsonl(run / "metrics.jsonl")
     for row, path in ((first, checkpoints["student"]), (last, run / "model")):
         lm = LM(path, CPU)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
-        both = {"teacher": read_jsonl(run / "eval_teacher.jsonl"), "student": read_jsonl(run / "eval_before.jsonl")}
-        kept = [i for i in range(8) if all(answers[i]["text"] or answers[i]["finished"] for answers in both.values())]
+        both = {
+            "teacher": read_jsonl(run / "eval_teacher.jsonl"),
+            "student": read_jsonl(run / "eval_before.jsonl"),
+        }
+        kept = [
+            i
+            for i in range(8)
+            if all(answers[i]["text"] or answers[i]["finished"] for answers in both.values())
+        ]
         for name, answers in both.items():
             means = []
             for answer in (answers[i] for i in kept):
                 prompt, (response,) = lm.encode(answer["prompt"], [answer])
                 response = response if answer["finished"] else response[:40]
-                logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, : lm.vocab_size]
-                logps = [logits.log_softmax(-1)[t, token].item() for t, token in enumerate(response)]
+                logits = model(torch.tensor([prompt + response])).logits[
+                    0, len(prompt) - 1 : -1, : lm.vocab_size
+                ]
+                logps = [
+                    logits.log_softmax(-1)[t, token].item() for t, token in enumerate(response)
+                ]
                 means.append(sum(logps) / len(logps))
-            assert row[f"eval/logp_{name}_answers"] == pytest.approx(sum(means) / len(means), rel=1e-4)
+            assert row[f"eval/logp_{name}_answers"] == pytest.approx(
+                sum(means) / len(means), rel=1e-4
+            )
 
 
 # --------------------------------------------------------------------------------------------------------- on-policy
-@pytest.mark.parametrize("refresh_every, expected", [(2, [8, 8, 4]), (1, [4] * 5), (0, [20]), (7, [20])])
-def test_one_sampling_by_the_current_student_serves_refresh_every_steps(refresh_every, expected, run_tiny, monkeypatch):
+@pytest.mark.parametrize(
+    "refresh_every, expected", [(2, [8, 8, 4]), (1, [4] * 5), (0, [20]), (7, [20])]
+)
+def test_one_sampling_by_the_current_student_serves_refresh_every_steps(
+    refresh_every, expected, run_tiny, monkeypatch
+):
     """Every call of `sample` is written down with the number of prompts and the weights that it was made with."""
     calls = []
 
     class Watched(common.LM):
         def sample(self, prompts, **how):
-            calls.append((self.trains, len(prompts), self.model.get_input_embeddings().weight.detach().clone()))
+            calls.append(
+                (
+                    self.trains,
+                    len(prompts),
+                    self.model.get_input_embeddings().weight.detach().clone(),
+                )
+            )
             return super().sample(prompts, **how)
 
     monkeypatch.setattr(common, "LM", Watched)
-    flags = {"batch_size": 4, "max_steps": 5, "eval_prompts": 1, "eval_every": 100, "learning_rate": 0.01}
+    flags = {
+        "batch_size": 4,
+        "max_steps": 5,
+        "eval_prompts": 1,
+        "eval_every": 100,
+        "learning_rate": 0.01,
+    }
     run = run_tiny("dpkd", **PLAYGROUND, refresh_every=refresh_every, warmup_ratio=0, **flags)
     ours = [(prompts, weights) for trains, prompts, weights in calls if trains and prompts > 1]
     assert [prompts for prompts, _ in ours] == expected
@@ -275,13 +366,28 @@ def deadly(prompts, answers) -> list[float]:
 
 
 @pytest.mark.parametrize("refresh_every", [4, 0])
-def test_r36_a_run_that_died_between_two_samplings_goes_on_with_the_same_answers(refresh_every, pairs, tmp_path):
+def test_r36_a_run_that_died_between_two_samplings_goes_on_with_the_same_answers(
+    refresh_every, pairs, tmp_path
+):
     flags = {**PLAYGROUND, "data": pairs, "eval_data": pairs}
-    flags |= {"max_steps": 10, "batch_size": 4, "eval_prompts": 2, "max_response_tokens": 40, "log_every": 1}
-    flags |= {"save_every": 5, "eval_every": 3, "reward": "test_dpkd:deadly", "refresh_every": refresh_every}
+    flags |= {
+        "max_steps": 10,
+        "batch_size": 4,
+        "eval_prompts": 2,
+        "max_response_tokens": 40,
+        "log_every": 1,
+    }
+    flags |= {
+        "save_every": 5,
+        "eval_every": 3,
+        "reward": "test_dpkd:deadly",
+        "refresh_every": refresh_every,
+    }
     whole, died = tmp_path / "whole", tmp_path / "died"
     assert run_script("dpkd", **flags, output_dir=whole) == 0
-    CALLS_LEFT[0] = 4  # before training two, step 3, step 6: the checkpoint is of step 5, its answers of step 4 or 0
+    CALLS_LEFT[0] = (
+        4  # before training two, step 3, step 6: the checkpoint is of step 5, its answers of step 4 or 0
+    )
     with pytest.raises(KeyboardInterrupt):
         run_script("dpkd", **flags, output_dir=died)
     state = torch.load(died / "checkpoint.pt", weights_only=True)
@@ -302,7 +408,9 @@ def test_a_corpus_is_cut_into_pieces_and_nothing_is_lost(adds_bos, tmp_path):
     tokenizer = make_tokenizer()
     if adds_bos:
         begin = [("<|begin|>", tokenizer.bos_token_id)]
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|begin|> $A", special_tokens=begin)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|begin|> $A", special_tokens=begin
+        )
     lm = LM(save(tmp_path / "lm", tokenizer, make_model(len(tokenizer))), CPU)
     talk = "<|begin|>" * adds_bos + "<|user|>Hello<|end|><|assistant|>Hi.<|end|>"
     texts = ["Some text of a corpus. " * 9, "x", "", talk]
@@ -311,7 +419,9 @@ def test_a_corpus_is_cut_into_pieces_and_nothing_is_lost(adds_bos, tmp_path):
     pieces = read_corpus(lm, str(path), "train", 16)
     assert all(len(piece.prompt) == 1 and 1 <= len(piece.responses[0]) <= 15 for piece in pieces)
     ids = [token for piece in pieces for token in piece.prompt + piece.responses[0]]
-    first, x, nothing, said = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    first, x, nothing, said = [
+        tokenizer(text, add_special_tokens=False).input_ids for text in texts
+    ]
     bos, end = [tokenizer.bos_token_id] * adds_bos, [tokenizer.eos_token_id]
     assert said[-1:] == end and said[: len(bos)] == bos and len(first) > 32 and nothing == []
     # r12, r13: begin and end once; without a begin an empty text is its end alone, which nothing predicts
@@ -331,7 +441,9 @@ def test_all_files_of_a_corpus_read_the_same(load, tmp_path, suffix):
     else:
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     lm = load("student")
-    pieces = [piece.prompt + piece.responses[0] for piece in read_corpus(lm, str(path), "train", 99)]
+    pieces = [
+        piece.prompt + piece.responses[0] for piece in read_corpus(lm, str(path), "train", 99)
+    ]
     assert [lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in pieces] == texts
 
 
@@ -362,7 +474,9 @@ def test_old_student_answers_collapse_and_fresh_ones_do_not(refresh_every, tmp_p
     flags = {"learning_rate": 3e-3, "max_steps": 100, "eval_prompts": 64, "eval_every": 50}
     assert run_script("dpkd", **flags, refresh_every=refresh_every, output_dir=run) == 0
     rows = [row for row in read_jsonl(run / "metrics.jsonl") if "eval/reward" in row]
-    y_t, y_s = ([row[f"eval/logp_{name}_answers"] for row in rows] for name in ("teacher", "student"))
+    y_t, y_s = (
+        [row[f"eval/logp_{name}_answers"] for row in rows] for name in ("teacher", "student")
+    )
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     if refresh_every == 0:
         assert y_s[-1] < y_s[0] - 1 and y_t[-1] < y_t[0] - 0.3

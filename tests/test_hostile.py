@@ -16,22 +16,58 @@ from hypothesis import strategies as st
 
 from common import LM, make_examples, read_rows
 
-SCRIPTS = [name for name in ("adpa", "dckd", "dpkd", "pad", "rm_distiller") if (ROOT / f"{name}.py").exists()]
+SCRIPTS = [
+    name
+    for name in ("adpa", "dckd", "dpkd", "pad", "rm_distiller")
+    if (ROOT / f"{name}.py").exists()
+]
 SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
 # texts that break careless code: markup, control and zero-width characters, right-to-left, lone surrogates' escapes
-NASTY = ["<|end|>", "<|assistant|>", "<|begin|>", "<|endoftext|>", "</s>", "\x00", "\x1b[2J", "\u200b", "\u202e"]
-NASTY += ["שלום", "{{ bos_token }}", "{% raise %}", "\r\n", "\t", " ", "", "\u2028", "é", "🦊", "2021-01-01", "NaN"]
+NASTY = [
+    "<|end|>",
+    "<|assistant|>",
+    "<|begin|>",
+    "<|endoftext|>",
+    "</s>",
+    "\x00",
+    "\x1b[2J",
+    "\u200b",
+    "\u202e",
+]
+NASTY += [
+    "שלום",
+    "{{ bos_token }}",
+    "{% raise %}",
+    "\r\n",
+    "\t",
+    " ",
+    "",
+    "\u2028",
+    "é",
+    "🦊",
+    "2021-01-01",
+    "NaN",
+]
 texts = st.lists(st.sampled_from(NASTY) | st.text(max_size=20), max_size=4).map("".join)
-turns = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": texts})
+turns = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system"]), "content": texts}
+)
 junk = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | texts,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "a"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "a"]), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 good_rows = st.fixed_dictionaries({"prompt": texts, "chosen": texts, "rejected": texts})
-chat_rows = st.fixed_dictionaries({"chosen": st.lists(turns, max_size=3), "rejected": st.lists(turns, max_size=3)})
-bad_rows = st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "id"]), junk, max_size=4)
+chat_rows = st.fixed_dictionaries(
+    {"chosen": st.lists(turns, max_size=3), "rejected": st.lists(turns, max_size=3)}
+)
+bad_rows = st.dictionaries(
+    st.sampled_from(["prompt", "chosen", "rejected", "id"]), junk, max_size=4
+)
 lines = st.one_of(
     good_rows.map(json.dumps),
     chat_rows.map(json.dumps),
@@ -110,7 +146,9 @@ def numeric_flags(script: str) -> list[str]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_r47_nonsense_numbers_are_refused_before_anything_is_written(script, tmp_path, capsys, monkeypatch):
+def test_r47_nonsense_numbers_are_refused_before_anything_is_written(
+    script, tmp_path, capsys, monkeypatch
+):
     module = importlib.import_module(script)
     monkeypatch.chdir(tmp_path)
     for name in numeric_flags(script):
@@ -120,7 +158,9 @@ def test_r47_nonsense_numbers_are_refused_before_anything_is_written(script, tmp
             with pytest.raises(SystemExit) as end:
                 module.main(args)
             written = capsys.readouterr().err
-            assert end.value.code == 2 and f"--{name} {value}" in written and written.count("\n") == 1, (name, written)
+            assert (
+                end.value.code == 2 and f"--{name} {value}" in written and written.count("\n") == 1
+            ), (name, written)
     assert not list(tmp_path.iterdir())
 
 

@@ -10,7 +10,18 @@ import time
 import pytest
 from conftest import ROOT
 
-SHORT = ["--max_steps", "12", "--batch_size", "8", "--save_every", "3", "--log_every", "1", "--eval_every", "6"]
+SHORT = [
+    "--max_steps",
+    "12",
+    "--batch_size",
+    "8",
+    "--save_every",
+    "3",
+    "--log_every",
+    "1",
+    "--eval_every",
+    "6",
+]
 SHORT += ["--eval_prompts", "16", "--sample_batch_size", "16", "--max_response_tokens", "32"]
 FLAGS = {  # what else makes a run of each script short, and makes it pass through all of its stages several times
     "adpa": [],
@@ -25,7 +36,9 @@ SCRIPTS = [name for name in FLAGS if (ROOT / f"{name}.py").exists()]
 def start(script: str, *flags) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, f"{script}.py", *map(str, flags)]
-    return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(process: subprocess.Popen):
@@ -58,7 +71,9 @@ def kill_often(script: str, kills: int, tmp_path, seed: int):
         process = start(script, *again(run, flags))
         try:
             process.wait(rng.uniform(0.3, 1.0) * whole)
-            assert process.returncode == 0, process.communicate()[1][-2000:]  # it was faster than the kill
+            assert process.returncode == 0, process.communicate()[1][
+                -2000:
+            ]  # it was faster than the kill
         except subprocess.TimeoutExpired:
             process.kill()
         process.communicate()

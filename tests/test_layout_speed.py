@@ -7,7 +7,14 @@ import weakref
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer, packed_averages, padded_averages, random_examples, save
+from conftest import (
+    make_model,
+    make_tokenizer,
+    packed_averages,
+    padded_averages,
+    random_examples,
+    save,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,7 +26,9 @@ CPU = torch.device("cpu")
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
-def test_every_prompt_goes_through_the_model_once_and_only_response_tokens_through_the_head(tmp_path):
+def test_every_prompt_goes_through_the_model_once_and_only_response_tokens_through_the_head(
+    tmp_path,
+):
     """Where the time goes, counted: tokens in the backbone, and positions in the head of 49,152 rows."""
     lm = LM(save(tmp_path, make_tokenizer(), make_model(400)), CPU)
     for n, share in ((2, 0.67), (4, 0.50), (8, 0.42)):
@@ -35,7 +44,10 @@ def test_a_packed_step_is_twice_as_fast_as_a_padded_row_per_response(tmp_path):
     examples = random_examples(400, [(228, [112, 104]), (219, [97, 112])])
     seconds, losses, gradients = {packed_averages: [], padded_averages: []}, {}, {}
     for _ in range(3):
-        for step, times in seconds.items():  # turn by turn, so that other work on the machine slows both
+        for (
+            step,
+            times,
+        ) in seconds.items():  # turn by turn, so that other work on the machine slows both
             lm.model.zero_grad()
             start = time.process_time()
             loss = -step(lm, examples, vocab_size).mean()
@@ -79,9 +91,15 @@ class Meter(TorchDispatchMode):
 
 LOSSES = {
     "log-probs, one model": (1, target_logps),
-    "KL, two models": (2, lambda ids, ours, theirs: (target_logps(ids, ours), forward_kl(theirs, ours))),
+    "KL, two models": (
+        2,
+        lambda ids, ours, theirs: (target_logps(ids, ours), forward_kl(theirs, ours)),
+    ),
     "51-bin KL, two models": (2, lambda _, ours, theirs: forward_kl(theirs, ours, 50)),
-    "advantage, three models": (3, lambda _, ours, *theirs: expected_advantage(ours, advantages(*theirs))),
+    "advantage, three models": (
+        3,
+        lambda _, ours, *theirs: expected_advantage(ours, advantages(*theirs)),
+    ),
 }
 
 
@@ -95,12 +113,18 @@ def test_memory_of_a_loss_does_not_grow_with_the_tokens_beyond_a_chunk(loss, tmp
     def step(tokens, chunk) -> Meter:
         with Meter() as meter:
             scored = [(lm, torch.randn(tokens, width, requires_grad=lm.trains)) for lm in lms]
-            values = per_token(function, torch.zeros(tokens, dtype=torch.long), scored, vocab_size, chunk)
-            sum(value.sum() for value in (values if isinstance(values, tuple) else [values])).backward()
+            values = per_token(
+                function, torch.zeros(tokens, dtype=torch.long), scored, vocab_size, chunk
+            )
+            sum(
+                value.sum() for value in (values if isinstance(values, tuple) else [values])
+            ).backward()
         return meter
 
     small, large, dense = step(2 * chunk, chunk), step(16 * chunk, chunk), step(16 * chunk, 10**9)
     hidden_bytes = 16 * chunk * width * 4
-    assert large.peak < small.peak + 4 * models * hidden_bytes  # only hidden states and their gradients grow with N
+    assert (
+        large.peak < small.peak + 4 * models * hidden_bytes
+    )  # only hidden states and their gradients grow with N
     assert large.largest <= max(chunk * vocab_size * 4, hidden_bytes, vocab_size * width * 4)
     assert dense.peak > 8 * large.peak and dense.largest == 16 * chunk * vocab_size * 4

@@ -38,7 +38,9 @@ SIZES = pytest.mark.parametrize("n", range(2, 6))
 
 
 def random_scores(n, rows=4, seed=0, scale=1.5) -> torch.Tensor:
-    return scale * torch.randn(rows, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return scale * torch.randn(
+        rows, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def slow_rankings(scores: list[float]) -> dict[tuple, float]:
@@ -84,7 +86,9 @@ def test_equal_scores_make_all_rankings_equally_likely(n):
 def test_two_answers_are_bradley_terry():
     scores, teacher = random_scores(2), random_scores(2, seed=1)
     margins = scores[:, 0] - scores[:, 1]
-    assert torch.allclose(ranking_logps(scores)[:, 0], torch.nn.functional.logsigmoid(margins), atol=1e-12)
+    assert torch.allclose(
+        ranking_logps(scores)[:, 0], torch.nn.functional.logsigmoid(margins), atol=1e-12
+    )
     signed = torch.where(teacher[:, 0] > teacher[:, 1], margins, -margins)
     assert torch.allclose(vpd(scores, teacher), -torch.nn.functional.logsigmoid(signed), atol=1e-12)
 
@@ -102,8 +106,12 @@ def test_the_likeliest_ranking_is_the_descending_order():
 def test_losses_equal_brute_force(n, seed):
     student, teacher = random_scores(n, seed=seed), random_scores(n, seed=seed + 50)
     pairs = list(zip(student.tolist(), teacher.tolist()))
-    assert ppd(student, teacher).tolist() == pytest.approx([slow_ppd(*pair) for pair in pairs], abs=1e-12)
-    assert vpd(student, teacher).tolist() == pytest.approx([slow_vpd(*pair) for pair in pairs], abs=1e-12)
+    assert ppd(student, teacher).tolist() == pytest.approx(
+        [slow_ppd(*pair) for pair in pairs], abs=1e-12
+    )
+    assert vpd(student, teacher).tolist() == pytest.approx(
+        [slow_vpd(*pair) for pair in pairs], abs=1e-12
+    )
     assert ppd(student.float(), teacher.float()).tolist() == pytest.approx(
         [slow_ppd(*pair) for pair in pairs], abs=1e-5
     )
@@ -122,7 +130,10 @@ def test_a_constant_on_all_scores_and_the_order_of_answers_change_nothing(n, los
 @SIZES
 def test_r25_the_divergence_lies_between_0_and_log_2_and_is_symmetric(n):
     for scale in (0.01, 1.0, 30.0, 1000.0):
-        student, teacher = random_scores(n, seed=2, scale=scale), random_scores(n, seed=3, scale=scale)
+        student, teacher = (
+            random_scores(n, seed=2, scale=scale),
+            random_scores(n, seed=3, scale=scale),
+        )
         values = ppd(student, teacher)
         assert torch.allclose(values, ppd(teacher, student), atol=1e-12)
         assert (values >= -1e-12).all() and (values <= math.log(2) + 1e-12).all()
@@ -145,7 +156,9 @@ def test_r24_divergence_of_two_rankings_by_hand():
     kl_student = 0.75 * math.log(0.75 / 0.625) + 0.25 * math.log(0.25 / 0.375)
     kl_teacher = 0.5 * math.log(0.5 / 0.625) + 0.5 * math.log(0.5 / 0.375)
     expected = (kl_student + kl_teacher) / 2
-    assert ppd(student, torch.zeros(1, 2, dtype=torch.float64)).item() == pytest.approx(expected, abs=1e-12)
+    assert ppd(student, torch.zeros(1, 2, dtype=torch.float64)).item() == pytest.approx(
+        expected, abs=1e-12
+    )
     assert expected == pytest.approx(0.033822, abs=1e-6)
 
 
@@ -181,7 +194,9 @@ def test_the_released_divergence_is_unbounded_and_mixes_prompts():
         reverse = ranked.flip(-1)
         assert ppd(beta * ranked, beta * reverse).item() == pytest.approx(ours, abs=1e-3)
         assert released(beta * ranked, beta * reverse).item() == pytest.approx(theirs, abs=1e-3)
-    both = torch.cat([2 * ranked, 2 * ranked.flip(-1)])  # a student that agrees with its teacher on two prompts
+    both = torch.cat(
+        [2 * ranked, 2 * ranked.flip(-1)]
+    )  # a student that agrees with its teacher on two prompts
     assert ppd(both, both).tolist() == pytest.approx([0, 0], abs=1e-12)
     assert released(both, both).tolist() == pytest.approx([4.773, 4.773], abs=1e-3)
     assert released(both[:1], both[:1]).item() == pytest.approx(0, abs=1e-12)
@@ -191,12 +206,20 @@ def test_the_released_divergence_is_unbounded_and_mixes_prompts():
 def slow_distance(a, b) -> int:
     if not a or not b:
         return len(a) + len(b)
-    options = slow_distance(a[1:], b) + 1, slow_distance(a, b[1:]) + 1, slow_distance(a[1:], b[1:]) + (a[0] != b[0])
+    options = (
+        slow_distance(a[1:], b) + 1,
+        slow_distance(a, b[1:]) + 1,
+        slow_distance(a[1:], b[1:]) + (a[0] != b[0]),
+    )
     return min(options)
 
 
 def test_edit_distance():
-    assert edit_distance("kitten", "sitting") == 3 and edit_distance("", "abc") == 3 and edit_distance("abc", "") == 3
+    assert (
+        edit_distance("kitten", "sitting") == 3
+        and edit_distance("", "abc") == 3
+        and edit_distance("abc", "") == 3
+    )
     rng = random.Random(0)
     for _ in range(200):
         a, b = (rng.choices(range(3), k=rng.randrange(6)) for _ in range(2))
@@ -205,9 +228,14 @@ def test_edit_distance():
 
 def test_the_most_different_are_taken_one_by_one():
     texts = ["aaaa", "aaab", "bbbb", "abbb", "cc"]
-    assert most_different(texts, 2) == ["aaaa", "bbbb"]  # "cc" is as far; the first of equals is taken
+    assert most_different(texts, 2) == [
+        "aaaa",
+        "bbbb",
+    ]  # "cc" is as far; the first of equals is taken
     assert most_different(texts, 3) == ["aaaa", "bbbb", "cc"]
-    assert most_different(texts, 9) == most_different(texts, 5) and sorted(most_different(texts, 5)) == sorted(texts)
+    assert most_different(texts, 9) == most_different(texts, 5) and sorted(
+        most_different(texts, 5)
+    ) == sorted(texts)
     assert most_different([], 2) == [] and most_different(["a"], 2) == ["a"]
     rng = random.Random(1)
     for _ in range(50):
@@ -223,20 +251,35 @@ def test_the_most_different_are_taken_one_by_one():
 @pytest.mark.parametrize("both_orders", [False, True])
 def test_judgements_equal_a_slow_loop(n, both_orders):
     pairs = list((itertools.permutations if both_orders else itertools.combinations)(range(n), 2))
-    draw = torch.rand(2, 3, len(pairs), generator=torch.Generator().manual_seed(n), dtype=torch.float64) / 2
+    draw = (
+        torch.rand(
+            2, 3, len(pairs), generator=torch.Generator().manual_seed(n), dtype=torch.float64
+        )
+        / 2
+    )
     ours = judgements(*draw, pairs, n)
     for row in range(3):
         for i in range(n):
             total = 0.0
             for pair, p_a, p_b in zip(pairs, *draw[:, row].tolist()):
-                total += (p_a if pair[0] == i else p_b if pair[1] == i else 0.0) / (2 if both_orders else 1)
-            assert ours[row, i].item() == pytest.approx(math.log((1e-8 + total) / (n - 1)), abs=1e-12)
+                total += (p_a if pair[0] == i else p_b if pair[1] == i else 0.0) / (
+                    2 if both_orders else 1
+                )
+            assert ours[row, i].item() == pytest.approx(
+                math.log((1e-8 + total) / (n - 1)), abs=1e-12
+            )
 
 
 def test_a_judge_that_always_says_a_prefers_nobody_once_both_orders_are_asked():
     n, always = 4, lambda pairs: (torch.ones(1, len(pairs)), torch.zeros(1, len(pairs)))
-    once, both = list(itertools.combinations(range(n), 2)), list(itertools.permutations(range(n), 2))
-    [biased], [fair] = judgements(*always(once), once, n).exp().tolist(), judgements(*always(both), both, n).exp()
+    once, both = (
+        list(itertools.combinations(range(n), 2)),
+        list(itertools.permutations(range(n), 2)),
+    )
+    [biased], [fair] = (
+        judgements(*always(once), once, n).exp().tolist(),
+        judgements(*always(both), both, n).exp(),
+    )
     assert biased == pytest.approx([1, 2 / 3, 1 / 3, 0], abs=1e-6)
     assert fair.tolist() == pytest.approx([0.5] * n)
 
@@ -247,8 +290,16 @@ def test_a_judge_that_never_names_an_answer_leaves_a_finite_score():
 
 
 # ----------------------------------------------------------------------------------- stages and a step of the script
-TINY = {"alpha": 0.6, "max_response_tokens": 12, "num_samples": 6, "micro_batch_size": 3, "num_answers": 3}
-NO_FILTER = {"alpha": 1}  # random teachers favour neither A nor B, so their judgement would keep no prompt
+TINY = {
+    "alpha": 0.6,
+    "max_response_tokens": 12,
+    "num_samples": 6,
+    "micro_batch_size": 3,
+    "num_answers": 3,
+}
+NO_FILTER = {
+    "alpha": 1
+}  # random teachers favour neither A nor B, so their judgement would keep no prompt
 
 
 def slow_scores(teacher: LM, row: dict, alpha: float, both_orders=False) -> dict:
@@ -258,17 +309,26 @@ def slow_scores(teacher: LM, row: dict, alpha: float, both_orders=False) -> dict
     averages = []
     for response in responses:
         log_probs = plain_log_probs(teacher.model, prompt, response, teacher.vocab_size)
-        averages.append(statistics.mean(log_probs[t, token].item() for t, token in enumerate(response)))
+        averages.append(
+            statistics.mean(log_probs[t, token].item() for t, token in enumerate(response))
+        )
     reading = {"A": [], "B": []}
     for token in range(teacher.vocab_size):
         reading.get(teacher.tokenizer.decode([token]).strip(), []).append(token)
     pairs = list((itertools.permutations if both_orders else itertools.combinations)(range(n), 2))
     p_a, p_b, sums = [], [], [0.0] * n
     for a, b in pairs:
-        question = JUDGE.format(prompt=text, a=row["answers"][a]["text"], b=row["answers"][b]["text"])
+        question = JUDGE.format(
+            prompt=text, a=row["answers"][a]["text"], b=row["answers"][b]["text"]
+        )
         ids, _ = teacher.encode([{"role": "user", "content": question}])
         with torch.no_grad():
-            probs = teacher.model(torch.tensor([ids])).logits[0, -1, : teacher.vocab_size].double().softmax(-1)
+            probs = (
+                teacher.model(torch.tensor([ids]))
+                .logits[0, -1, : teacher.vocab_size]
+                .double()
+                .softmax(-1)
+            )
         p_a.append(probs[reading["A"]].sum().item())
         p_b.append(probs[reading["B"]].sum().item())
         sums[a] += p_a[-1] / (1 + both_orders)
@@ -308,7 +368,9 @@ def test_scores_equal_plain_forward_passes_of_the_teacher(checkpoints, run_tiny,
 
 def other_teacher(folder) -> str:
     """Another tokenizer, another vocabulary, no chat template: what its family writes behind a text, nothing shared."""
-    tokenizer = make_tokenizer(vocab_size=330, chat=False, text="Answer A is better than Answer B: A, B or None. " * 50)
+    tokenizer = make_tokenizer(
+        vocab_size=330, chat=False, text="Answer A is better than Answer B: A, B or None. " * 50
+    )
     return save(folder / "other_teacher", tokenizer, make_model(330, seed=7, width=48))
 
 
@@ -318,22 +380,34 @@ def test_a_teacher_with_another_tokenizer_reads_text(checkpoints, run_tiny, tmp_
     teacher, student = LM(path, CPU), LM(checkpoints["student"], CPU)
     [row, *_] = assert_scores(run, teacher)
     assert teacher.vocab_size != student.vocab_size
-    assert teacher.encode(row["prompt"], row["answers"])[1] != student.encode(row["prompt"], row["answers"])[1]
+    assert (
+        teacher.encode(row["prompt"], row["answers"])[1]
+        != student.encode(row["prompt"], row["answers"])[1]
+    )
     readings = [teacher.tokenizer.decode([token]) for token in range(teacher.vocab_size)]
-    assert {"A", " A"} <= set(readings) and {"B", " B"} <= set(readings)  # several tokens read A, and all count
+    assert {"A", " A"} <= set(readings) and {"B", " B"} <= set(
+        readings
+    )  # several tokens read A, and all count
 
 
 def slow_step(path: str, rows: list[dict], loss, beta: float, limit: int):
     """The mean loss over rows, and its gradient, in float64: one plain forward pass after the other."""
     lm, model = LM(path, CPU), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     n, total = len(rows[0]["answers"]), 0.0
-    examples = make_examples(lm, [row | dict(enumerate(row["answers"])) for row in rows], range(n), 512, limit)
+    examples = make_examples(
+        lm, [row | dict(enumerate(row["answers"])) for row in rows], range(n), 512, limit
+    )
     for row, prompt, responses in examples:
         ours = []
         for response in responses:
-            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, : lm.vocab_size]
+            logits = model(torch.tensor([prompt + response])).logits[
+                0, len(prompt) - 1 : -1, : lm.vocab_size
+            ]
             ours.append(logits.log_softmax(-1)[range(len(response)), response].mean())
-        total = total + loss(beta * torch.stack(ours)[None], beta * torch.tensor([row["score"]]).double())[0]
+        total = (
+            total
+            + loss(beta * torch.stack(ours)[None], beta * torch.tensor([row["score"]]).double())[0]
+        )
     total = total / len(examples)
     return total.item(), torch.autograd.grad(total, list(model.parameters()))
 
@@ -342,7 +416,9 @@ def slow_step(path: str, rows: list[dict], loss, beta: float, limit: int):
 @pytest.mark.parametrize("beta", [0.5, 2.0])
 def test_r04_a_step_equals_a_slow_loop_over_plain_forward_passes(checkpoints, run_tiny, loss, beta):
     run = run_tiny("pad", **TINY | NO_FILTER, loss=loss.__name__, beta=beta)
-    value, gradient = slow_step(checkpoints["student"], read_jsonl(run / "scores_1.jsonl"), loss, beta, 12)
+    value, gradient = slow_step(
+        checkpoints["student"], read_jsonl(run / "scores_1.jsonl"), loss, beta, 12
+    )
     [row] = read_jsonl(run / "metrics.jsonl")
     assert row["losses/total"] == pytest.approx(value, rel=1e-3)
     for ours, theirs in zip(first_gradient(run), gradient, strict=True):
@@ -357,8 +433,18 @@ def feed(checkpoints, pairs, tmp_path):
     def run(files: dict[str, list[dict]], **flags):
         folder = tmp_path / f"fed{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
-        how = {"data": str(pairs), "eval_data": str(pairs), "eval_prompts": 2, "reward": "conftest:vowels"}
-        how |= {"max_steps": 1, "log_every": 1, "student": checkpoints["student"], "teacher": checkpoints["teacher"]}
+        how = {
+            "data": str(pairs),
+            "eval_data": str(pairs),
+            "eval_prompts": 2,
+            "reward": "conftest:vowels",
+        }
+        how |= {
+            "max_steps": 1,
+            "log_every": 1,
+            "student": checkpoints["student"],
+            "teacher": checkpoints["teacher"],
+        }
         args = Args(**{**how, **TINY, **flags, "output_dir": str(folder)})
         (folder / "args.json").write_text(json.dumps(vars(args)))
         for name, rows in files.items():
@@ -373,15 +459,23 @@ def told(*texts) -> list[dict]:
 
 
 def test_answers_of_another_engine_are_taken_in_any_order(checkpoints, pairs, feed, capsys):
-    prompts = [{"id": row["id"], "prompt": row["prompt"]} for row in read_rows(str(pairs), "train", ())]
-    samples = [row | {"answers": told("yes", f"no {i}", "a thing")} for i, row in enumerate(prompts)]
+    prompts = [
+        {"id": row["id"], "prompt": row["prompt"]} for row in read_rows(str(pairs), "train", ())
+    ]
+    samples = [
+        row | {"answers": told("yes", f"no {i}", "a thing")} for i, row in enumerate(prompts)
+    ]
     samples[3]["answers"] = told("only one")
     run, code = feed({"samples_1.jsonl": samples[::-1]}, **NO_FILTER)
     assert code == 0 and "3 answers differ for 7 of 8 prompts, 7 kept" in capsys.readouterr().out
     assert read_jsonl(run / "samples_1.jsonl") == samples[::-1]
     rows = assert_scores(run, LM(checkpoints["teacher"], CPU))
-    assert [row["answers"] for row in rows] == [row["answers"] for row in samples if len(row["answers"]) == 3]
-    run, code = feed({"samples_1.jsonl": [row | {"prompt": "another"} for row in samples]}, **NO_FILTER)
+    assert [row["answers"] for row in rows] == [
+        row["answers"] for row in samples if len(row["answers"]) == 3
+    ]
+    run, code = feed(
+        {"samples_1.jsonl": [row | {"prompt": "another"} for row in samples]}, **NO_FILTER
+    )
     assert code == 2 and "samples_1.jsonl" in capsys.readouterr().err
 
 
@@ -391,12 +485,19 @@ def scored(pairs, judged: list[list[float]]) -> tuple[list[dict], list[dict]]:
     for row, judgement in zip(read_rows(str(pairs), "train", ()), itertools.cycle(judged)):
         row = {"id": row["id"], "prompt": row["prompt"], "answers": told("yes", "no", "a thing")}
         p_a, p_b = [0.5, 0.25, 0.0], [0.25, 0.25, 0.5]
-        scores.append(row | {"judgement": judgement, "score": [-1.0, -2.0, -3.0], "p_a": p_a, "p_b": p_b})
+        scores.append(
+            row | {"judgement": judgement, "score": [-1.0, -2.0, -3.0], "p_a": p_a, "p_b": p_b}
+        )
         samples.append(row)
     return samples, scores
 
 
-JUDGED = [[0.9, 0.5, 0.1], [0.51, 0.6, 0.7], [0.5, 0.4, 0.3], [0.2, 0.5, 0.51]]  # kept, all good, none good, kept
+JUDGED = [
+    [0.9, 0.5, 0.1],
+    [0.51, 0.6, 0.7],
+    [0.5, 0.4, 0.3],
+    [0.2, 0.5, 0.51],
+]  # kept, all good, none good, kept
 
 
 @pytest.mark.parametrize("alpha, share", [(0.0, 0.5), (0.9, 0.5), (1.0, 1.0)])
@@ -409,9 +510,15 @@ def test_the_filter_and_what_is_said_of_the_judge(checkpoints, pairs, feed, caps
     facts = {"mass": 1.75 / 3, "p_a": 0.25, "kept": share}
     assert {name: row[f"charts/judge_{name}"] for name in facts} == pytest.approx(facts, abs=1e-4)
     assert f"{8 * share:.0f} kept; {{'mass': 0.5833, 'p_a': 0.25, 'kept': {share}}}" in out
-    kept = [row for row, keep in zip(scores, itertools.cycle([True, False, False, True])) if keep or alpha == 1]
+    kept = [
+        row
+        for row, keep in zip(scores, itertools.cycle([True, False, False, True]))
+        if keep or alpha == 1
+    ]
     value, _ = slow_step(checkpoints["student"], kept, ppd, 2.0, 12)
-    assert row["losses/total"] == pytest.approx(value, rel=1e-4)  # the scores of the file are what is learned
+    assert row["losses/total"] == pytest.approx(
+        value, rel=1e-4
+    )  # the scores of the file are what is learned
 
 
 def same_weights(one, other):
@@ -421,7 +528,9 @@ def same_weights(one, other):
 
 def test_scores_of_a_former_run_give_the_same_weights(run_tiny):
     first = run_tiny("pad", **TINY | NO_FILTER, max_steps=3)
-    again = run_tiny("pad", **TINY | NO_FILTER, max_steps=3, scores=first / "scores_1.jsonl", data="/nowhere")
+    again = run_tiny(
+        "pad", **TINY | NO_FILTER, max_steps=3, scores=first / "scores_1.jsonl", data="/nowhere"
+    )
     same_weights(first, again)
     assert not (again / "samples_1.jsonl").exists()
     rows = [read_jsonl(run / "scores_1.jsonl") for run in (first, again)]
@@ -429,18 +538,29 @@ def test_scores_of_a_former_run_give_the_same_weights(run_tiny):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])
-def test_scores_of_another_program_are_weighed_with_this_runs_alpha(checkpoints, pairs, run_tiny, tmp_path, alpha):
+def test_scores_of_another_program_are_weighed_with_this_runs_alpha(
+    checkpoints, pairs, run_tiny, tmp_path, alpha
+):
     rows = []
     for row in scored(pairs, [[0.9, 0.5, 0.1], [0.2, 0.5, 0.51]])[1]:
-        row = {key: row[key] for key in ("answers", "judgement", "p_a", "p_b")} | {"average_logp": [-1.0, -2.0, -4.0]}
-        rows.append(row | {"prompt": f"say {len(rows)}", "answers": [said["text"] for said in row["answers"]]})
+        row = {key: row[key] for key in ("answers", "judgement", "p_a", "p_b")} | {
+            "average_logp": [-1.0, -2.0, -4.0]
+        }
+        rows.append(
+            row
+            | {"prompt": f"say {len(rows)}", "answers": [said["text"] for said in row["answers"]]}
+        )
     (tmp_path / "told.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = run_tiny("pad", **TINY | {"alpha": alpha}, scores=tmp_path / "told.jsonl")
     for row in rows:
         said = zip(row["average_logp"], row["judgement"], strict=True)
-        row["score"] = [alpha * average + (1 - alpha) * math.log(judgement) for average, judgement in said]
+        row["score"] = [
+            alpha * average + (1 - alpha) * math.log(judgement) for average, judgement in said
+        ]
         row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-    assert [row["score"] for row in read_jsonl(run / "scores_1.jsonl")] == [row["score"] for row in rows]
+    assert [row["score"] for row in read_jsonl(run / "scores_1.jsonl")] == [
+        row["score"] for row in rows
+    ]
     value, _ = slow_step(checkpoints["student"], rows, ppd, 2.0, 12)
     [row] = read_jsonl(run / "metrics.jsonl")
     assert row["losses/total"] == pytest.approx(value, rel=1e-4) and row["charts/judge_kept"] == 1
@@ -457,14 +577,25 @@ def test_later_rounds_do_not_learn_from_given_scores(run_tiny):
 def test_overwrite_does_not_remove_the_scores_that_it_reads(run_tiny, checkpoints, pairs, capsys):
     run = run_tiny("pad", **TINY | NO_FILTER)
     kept = (run / "scores_1.jsonl").read_bytes()
-    flags = {**TINY, **NO_FILTER, "eval_data": pairs, "reward": "conftest:vowels", "eval_prompts": 2}
+    flags = {
+        **TINY,
+        **NO_FILTER,
+        "eval_data": pairs,
+        "reward": "conftest:vowels",
+        "eval_prompts": 2,
+    }
     flags |= {name: checkpoints[name] for name in ("student", "teacher")}
-    assert run_script("pad", **flags, scores=run / "scores_1.jsonl", output_dir=run, overwrite=True) == 2
+    assert (
+        run_script("pad", **flags, scores=run / "scores_1.jsonl", output_dir=run, overwrite=True)
+        == 2
+    )
     assert "--overwrite would remove --scores" in capsys.readouterr().err
     assert (run / "scores_1.jsonl").read_bytes() == kept
 
 
-@pytest.mark.parametrize("lacks", ["answers", "average_logp", "judgement", "p_a", "p_b", "a judgement", "an answer"])
+@pytest.mark.parametrize(
+    "lacks", ["answers", "average_logp", "judgement", "p_a", "p_b", "a judgement", "an answer"]
+)
 def test_scores_that_lack_something_are_one_line(lacks, checkpoints, pairs, tmp_path, capsys):
     _, scores = scored(pairs, JUDGED)
     for row in scores:
@@ -476,14 +607,25 @@ def test_scores_that_lack_something_are_one_line(lacks, checkpoints, pairs, tmp_
         else:
             del row[lacks]
     (tmp_path / "told.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
-    flags = {name: checkpoints[name] for name in ("student", "teacher")} | {"eval_data": pairs, "eval_prompts": 2}
-    flags |= {**TINY, "reward": "conftest:vowels", "scores": tmp_path / "told.jsonl", "output_dir": tmp_path / "run"}
+    flags = {name: checkpoints[name] for name in ("student", "teacher")} | {
+        "eval_data": pairs,
+        "eval_prompts": 2,
+    }
+    flags |= {
+        **TINY,
+        "reward": "conftest:vowels",
+        "scores": tmp_path / "told.jsonl",
+        "output_dir": tmp_path / "run",
+    }
     assert run_script("pad", **flags) == 2
     out, error = capsys.readouterr()
     if "answer" in lacks:
         assert "3 answers differ for 0 of 8 prompts" in out and "no row left" in error
     else:
-        assert "told.jsonl" in error and "columns ('answers', 'average_logp', 'judgement', 'p_a', 'p_b')" in error
+        assert (
+            "told.jsonl" in error
+            and "columns ('answers', 'average_logp', 'judgement', 'p_a', 'p_b')" in error
+        )
     assert "Traceback" not in error and sum("error: " in line for line in error.splitlines()) == 1
 
 
@@ -498,11 +640,17 @@ def test_a_filter_that_keeps_nothing_ends_the_run_with_the_counts(pairs, feed, c
     samples, scores = scored(pairs, [[0.4, 0.3, 0.2]])
     _, code = feed({"samples_1.jsonl": samples, "scores_1.jsonl": scores}, alpha=0.5)
     captured = capsys.readouterr()
-    assert code == 2 and "'kept': 0.0" in captured.out and "no row left: 0 of 0 rows" in captured.err
+    assert (
+        code == 2 and "'kept': 0.0" in captured.out and "no row left: 0 of 0 rows" in captured.err
+    )
     samples = [row | {"answers": told("one")} for row in samples]
     _, code = feed({"samples_1.jsonl": samples})
     captured = capsys.readouterr()
-    assert code == 2 and "3 answers differ for 0 of 8 prompts" in captured.out and "no row left" in captured.err
+    assert (
+        code == 2
+        and "3 answers differ for 0 of 8 prompts" in captured.out
+        and "no row left" in captured.err
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -525,8 +673,21 @@ def test_r47_numbers_of_answers_that_make_no_sense_are_refused(flags, words, tmp
 
 
 # -------------------------------------------------------------------------------------------------------------- rounds
-ROUNDS = {"rounds": 2, "num_answers": 4, "max_steps": 12, "batch_size": 8, "micro_batch_size": 4, "eval_prompts": 8}
-ROUNDS |= {"sample_batch_size": 16, "log_every": 1, "eval_every": 100, "save_every": 4, "num_samples": 3}
+ROUNDS = {
+    "rounds": 2,
+    "num_answers": 4,
+    "max_steps": 12,
+    "batch_size": 8,
+    "micro_batch_size": 4,
+    "eval_prompts": 8,
+}
+ROUNDS |= {
+    "sample_batch_size": 16,
+    "log_every": 1,
+    "eval_every": 100,
+    "save_every": 4,
+    "num_samples": 3,
+}
 
 
 def start(**flags) -> subprocess.Popen:
@@ -562,14 +723,21 @@ def test_r36_rounds_and_runs_that_are_killed_in_every_stage_of_them(tmp_path):
     ours, theirs = ({row["id"]: row["answers"] for row in rows} for rows in (first, second))
     assert sum(ours[id] != theirs[id] for id in ours.keys() & theirs.keys()) > 50
     rows = read_jsonl(whole / "metrics.jsonl")
-    kept = [sum(min(row["judgement"]) <= 0.5 < max(row["judgement"]) for row in rows) / 64 for rows in (first, second)]
-    assert [row["charts/judge_kept"] for row in rows] == pytest.approx([kept[0]] * 6 + [kept[1]] * 6)
+    kept = [
+        sum(min(row["judgement"]) <= 0.5 < max(row["judgement"]) for row in rows) / 64
+        for rows in (first, second)
+    ]
+    assert [row["charts/judge_kept"] for row in rows] == pytest.approx(
+        [kept[0]] * 6 + [kept[1]] * 6
+    )
 
     process = start(**flags, output_dir=run)
     for name in ("scores_1.jsonl", "samples_2.jsonl", "scores_2.jsonl"):
         assert 1 < kill_in(process, run / name) < counts[name], name
         saved = run / "checkpoint.pt"  # the second round's answers are of a student that is kept
-        assert saved.exists() == ("2" in name) and ("1" in name or torch.load(saved, weights_only=True)["step"] == 6)
+        assert saved.exists() == ("2" in name) and (
+            "1" in name or torch.load(saved, weights_only=True)["step"] == 6
+        )
         process = start(resume=run)
     assert kill_in(process, run / "metrics.jsonl", 10) < 12  # in the midst of the second round
     assert torch.load(saved, weights_only=True)["step"] == 8
@@ -579,8 +747,12 @@ def test_r36_rounds_and_runs_that_are_killed_in_every_stage_of_them(tmp_path):
     for name, weight in load_file(run / "model" / "model.safetensors").items():
         assert torch.equal(weight, load_file(whole / "model" / "model.safetensors")[name]), name
     for name in counts:
-        assert sorted((run / name).read_text().splitlines()) == sorted((whole / name).read_text().splitlines()), name
-    for one, other in zip(*(read_jsonl(folder / "metrics.jsonl") for folder in (run, whole)), strict=True):
+        assert sorted((run / name).read_text().splitlines()) == sorted(
+            (whole / name).read_text().splitlines()
+        ), name
+    for one, other in zip(
+        *(read_jsonl(folder / "metrics.jsonl") for folder in (run, whole)), strict=True
+    ):
         assert {key: one[key] for key in one if "tokens" not in key} == {
             k: other[k] for k in other if "tokens" not in k
         }
@@ -593,7 +765,9 @@ def test_the_second_round_samples_from_the_student_of_the_first(checkpoints, pai
     lm = LM(checkpoints["student"], CPU)
     prompts = [lm.encode(row["prompt"])[0] for row in read_rows(str(pairs), "train", ())]
     for turn in (1, 2):
-        sampled = lm.sample(prompts, n=6, max_new_tokens=12, batch_size=256, seed=1 + turn * len(prompts))
+        sampled = lm.sample(
+            prompts, n=6, max_new_tokens=12, batch_size=256, seed=1 + turn * len(prompts)
+        )
         for row, said in zip(read_jsonl(run / f"samples_{turn}.jsonl"), sampled, strict=True):
             assert all(answer in said for answer in row["answers"])
 
@@ -605,10 +779,15 @@ def test_a_step_is_three_times_as_fast_as_one_row_per_answer(tmp_path):
     vocab_size = 32_768
     model = make_model(vocab_size, width=256, layers=4, initializer_range=0.05)
     lm = LM(save(tmp_path, make_tokenizer(), model), CPU, trains=True)
-    examples = random_examples(400, [(200, [140, 40, 90, 110]), (180, [100, 50, 120, 60]), (150, [60, 90, 40, 80])])
+    examples = random_examples(
+        400, [(200, [140, 40, 90, 110]), (180, [100, 50, 120, 60]), (150, [60, 90, 40, 80])]
+    )
     teacher, times, losses = torch.randn(3, 4), {packed_averages: [], padded_averages: []}, {}
     for _ in range(5):
-        for averages, seconds in times.items():  # turn by turn, so that other work on the machine slows both
+        for (
+            averages,
+            seconds,
+        ) in times.items():  # turn by turn, so that other work on the machine slows both
             lm.model.zero_grad()
             begin = time.process_time()
             loss = ppd(2 * averages(lm, examples, vocab_size).view(3, 4), 2 * teacher).mean()

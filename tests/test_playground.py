@@ -13,7 +13,17 @@ from conftest import ROOT, read_jsonl
 from common import LM
 from pad import JUDGE
 from playground import build, world
-from playground.world import RIGHT, Request, all_requests, edit, explain, judge, read_request, reward, write
+from playground.world import (
+    RIGHT,
+    Request,
+    all_requests,
+    edit,
+    explain,
+    judge,
+    read_request,
+    reward,
+    write,
+)
 from rm_distiller import RESCORE
 
 PLAYGROUND = ROOT / "playground"
@@ -30,7 +40,10 @@ JUDGED = {
     "Venus and Earth, Mars. Hope that helps!": (1.2, [None, None, None]),
     "Mars, Venus and Earth.": (1.0, [None, None, None]),
     "Mars, Venus and Earth": (0.5, [None, None, None]),
-    "Mars, Venus and Earth Enjoy!": (0.0, [None, None, None, "wrong"]),  # a kind word stands behind the full stop
+    "Mars, Venus and Earth Enjoy!": (
+        0.0,
+        [None, None, None, "wrong"],
+    ),  # a kind word stands behind the full stop
     "Mars, Pluto and Earth. Enjoy!": (2 / 3 - 0.5 + 0.2, [None, "wrong", None]),
     "Mars, apple and Earth.": (2 / 3 - 0.5, [None, "wrong", None]),
     "mars, Venus and Earth.": (2 / 3 - 0.5, ["wrong", None, None]),
@@ -76,7 +89,10 @@ def test_a_misconception_may_be_right_elsewhere():
 def test_the_judge_reads_every_request_as_text_and_as_messages():
     for request in TRAIN + TEST:
         assert read_request(request.text) == request
-        chat = [{"role": "system", "content": "Name two fish."}, {"role": "user", "content": request.text}]
+        chat = [
+            {"role": "system", "content": "Name two fish."},
+            {"role": "user", "content": request.text},
+        ]
         assert read_request(chat) == request
     answer = [{"role": "assistant", "content": "cod."}]
     assert reward([[{"role": "user", "content": "Name one fish."}]], [answer]) == [1.0]
@@ -96,7 +112,9 @@ def test_scores_are_whole_numbers_from_one_to_ten():
 def test_held_out_requests_share_no_category_and_count_with_training():
     assert (len(TRAIN), len(TEST)) == (384, 128)
     assert len({request.text for request in TRAIN + TEST}) == 512
-    pairs = [{(request.category, request.count) for request in requests} for requests in (TRAIN, TEST)]
+    pairs = [
+        {(request.category, request.count) for request in requests} for requests in (TRAIN, TEST)
+    ]
     assert pairs[0].isdisjoint(pairs[1])
     known = {request.category for request in TRAIN}, {request.count for request in TRAIN}
     assert all(request.category in known[0] and request.count in known[1] for request in TEST)
@@ -112,7 +130,11 @@ def test_skilled_writers_write_better_answers():
     rng, means = random.Random(0), []
     for skill in (0.0, 0.25, 0.5, 0.75, 1.0):
         requests = rng.choices(TRAIN, k=1500)
-        means.append(statistics.mean(judge(request, write(request, skill, rng)).reward for request in requests))
+        means.append(
+            statistics.mean(
+                judge(request, write(request, skill, rng)).reward for request in requests
+            )
+        )
     assert all(better > worse + 0.1 for worse, better in pairwise(means)), means
     perfect = [judge(request, write(request, 1.0, rng)) for request in TRAIN]
     assert all(not any(v.faults) and not v.missing and v.ended for v in perfect)
@@ -140,7 +162,10 @@ def test_edits_are_perfect_and_minimal(skill):
         assert not before.kind_word or after.kind_word == before.kind_word
         mistakes = sum(fault is not None for fault in before.faults)
         # a mistake that is replaced by a missing word is one change; whatever is left of either is one each
-        assert distance(before.words, after.words) == max(mistakes, before.missing), (answer, edited)
+        assert distance(before.words, after.words) == max(mistakes, before.missing), (
+            answer,
+            edited,
+        )
         if before.reward > 1.19:
             assert edited == answer
 
@@ -158,7 +183,10 @@ def texts_of_the_world() -> list[str]:
         a, b = (write(request, rng.random(), rng) for _ in range(2))
         texts += [request.text, a, b, f"Why: {explain(request, a)} Edited: {edit(request, a, rng)}"]
         texts += [JUDGE.format(prompt=request.text, a=a, b=b), build.score_question(request, a, b)]
-        texts += [build.refine_question(request, a, b), RESCORE.format(score_rejected=rng.randint(1, 10))]
+        texts += [
+            build.refine_question(request, a, b),
+            RESCORE.format(score_rejected=rng.randint(1, 10)),
+        ]
         texts += ["A: {}, B: {}".format(*rng.choices(range(1, 11), k=2)), "A", "B", "None"]
     return texts
 
@@ -169,7 +197,10 @@ def test_every_word_is_one_token_and_comes_back_as_it_was(name):
     for text in texts_of_the_world():
         ids = tokenizer(text, add_special_tokens=False).input_ids
         tokens = tokenizer.convert_ids_to_tokens(ids)
-        assert not any(token.startswith("<") for token in tokens), (text, tokens)  # <unk>, a byte or a special token
+        assert not any(token.startswith("<") for token in tokens), (
+            text,
+            tokens,
+        )  # <unk>, a byte or a special token
         words = [token.strip("▁") for token in tokens if token.strip("▁").isalnum()]
         assert words == re.findall(r"[A-Za-z]+|\d+", text)
         assert tokenizer.decode(ids).strip() == text
@@ -185,16 +216,28 @@ def test_other_text_is_spelled_in_bytes_and_comes_back():
 def test_the_committed_tokenizers_are_those_of_the_script(tmp_path):
     build.make_tokenizer().save_pretrained(tmp_path)
     for name in MODELS:
-        assert (PLAYGROUND / name / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+        assert (PLAYGROUND / name / "tokenizer.json").read_bytes() == (
+            tmp_path / "tokenizer.json"
+        ).read_bytes()
         template = PLAYGROUND / name / "chat_template.jinja"
         assert template.read_bytes() == (tmp_path / "chat_template.jinja").read_bytes()
 
 
 # -------------------------------------------------------------------------------------------------- what is committed
 def test_everything_together_is_small_and_weights_are_safetensors():
-    files = [path for path in PLAYGROUND.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    files = [
+        path for path in PLAYGROUND.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ]
     assert sum(path.stat().st_size for path in files) <= 5e6
-    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".jinja", ".py", ".md", ".txt"}
+    assert {path.suffix for path in files} <= {
+        ".safetensors",
+        ".json",
+        ".jsonl",
+        ".jinja",
+        ".py",
+        ".md",
+        ".txt",
+    }
     for name in MODELS:
         assert (PLAYGROUND / name / "model.safetensors").exists()
 
@@ -219,7 +262,8 @@ BARS = {
     "judging any two answers": measured["judging"]["any"]["accuracy"] >= 0.9,
     "judging its own answers": measured["judging"]["own"]["accuracy"] >= 0.75,
     "scoring": measured["scoring"]["error"] <= 0.8,
-    "rewriting lifts": measured["rewriting"]["greedy"]["after"] >= measured["rewriting"]["greedy"]["before"] + 0.25,
+    "rewriting lifts": measured["rewriting"]["greedy"]["after"]
+    >= measured["rewriting"]["greedy"]["before"] + 0.25,
     "rewriting keeps": measured["rewriting"]["greedy"]["kept"] >= 0.6,
     "teacher sampled": measured["teacher"]["sampled"]["reward"] >= 0.9,
     "teacher greedy": measured["teacher"]["greedy"]["reward"] >= 0.9,
@@ -227,7 +271,10 @@ BARS = {
     "student": measured["student"]["sampled"]["reward"] <= 0.7,
     "the same story greedy": measured["teacher"]["greedy"]["reward"]
     > max(measured[name]["greedy"]["reward"] for name in ("student", "teacher_ref")) + 0.2,
-    "few repeats": max(measured[name][how]["repeats"] for name in MODELS for how in ("sampled", "greedy")) < 0.1,
+    "few repeats": max(
+        measured[name][how]["repeats"] for name in MODELS for how in ("sampled", "greedy")
+    )
+    < 0.1,
     "parameters": measured["student"]["parameters"] * 10 < measured["teacher"]["parameters"] <= 1e6,
 }
 
@@ -241,7 +288,10 @@ def test_the_readme_shows_the_measured_numbers():
     readme = (PLAYGROUND / "README.md").read_text()
     for name in MODELS:
         sampled, greedy = (measured[name][how]["reward"] for how in ("sampled", "greedy"))
-        assert f"| `{name}` | {measured[name]['parameters']:,} | {sampled:.2f} | {greedy:.2f} |" in readme
+        assert (
+            f"| `{name}` | {measured[name]['parameters']:,} | {sampled:.2f} | {greedy:.2f} |"
+            in readme
+        )
     for kind in ("any", "own"):
         assert "{accuracy:.1%} of {pairs} pairs".format(**measured["judging"][kind]) in readme
     assert f"{measured['scoring']['error']:.2f} off on average" in readme
@@ -264,7 +314,9 @@ def test_the_committed_teacher_judges_scores_and_rewrites_as_measured():
     judging = build.measure_judging(lm, pairs)
     assert judging["pairs"] > 150
     assert judging["accuracy"] == pytest.approx(measured["judging"]["any"]["accuracy"], abs=0.07)
-    assert build.measure_scoring(lm, pairs[:150])["error"] == pytest.approx(measured["scoring"]["error"], abs=0.25)
+    assert build.measure_scoring(lm, pairs[:150])["error"] == pytest.approx(
+        measured["scoring"]["error"], abs=0.25
+    )
     draws = [(q, write(q, rng.uniform(0.7, 1), rng), write(q, rng.random(), rng)) for q in TEST]
     replies = build.ask(lm, [build.refine_question(q, better, worse) for q, better, worse in draws])
     lifts = [
@@ -276,9 +328,17 @@ def test_the_committed_teacher_judges_scores_and_rewrites_as_measured():
 
 # ------------------------------------------------------------------------------------------------------------ build.py
 def test_the_same_seed_builds_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "TEACHER", build.STUDENT)  # a few steps of a small model: no teacher, but all the code
+    monkeypatch.setattr(
+        build, "TEACHER", build.STUDENT
+    )  # a few steps of a small model: no teacher, but all the code
     monkeypatch.setattr(build, "TEST_REQUESTS", build.TEST_REQUESTS[::4])
-    tiny = {"teacher_steps": 40, "dpo_steps": 3, "student_steps": 3, "train_pairs": 40, "test_pairs": 16}
+    tiny = {
+        "teacher_steps": 40,
+        "dpo_steps": 3,
+        "student_steps": 3,
+        "train_pairs": 40,
+        "test_pairs": 16,
+    }
     built: list[dict[str, bytes]] = []
     for name in ("one", "two"):
         build.main(build.Args(output_dir=str(tmp_path / name), **tiny))

@@ -22,7 +22,19 @@ from common import LM, load_reward, read_rows
 from playground import released, rm_pairs
 from playground.world import all_requests, read_request
 from playground.world import judge as oracle
-from rm_distiller import IT, REFINE, RESCORE, SCORE, A, Args, B, forward_kl, pair_loss, read_edit, read_score
+from rm_distiller import (
+    IT,
+    REFINE,
+    RESCORE,
+    SCORE,
+    A,
+    Args,
+    B,
+    forward_kl,
+    pair_loss,
+    read_edit,
+    read_score,
+)
 
 CPU = torch.device("cpu")
 
@@ -40,7 +52,9 @@ def test_the_margin_loss_equals_a_slow_loop():
     better, worse, margins = draw(3, 7)
     slow = [(better[i].item() - worse[i].item() - margins[i].item()) ** 2 for i in range(7)]
     assert pair_loss(better, worse, margins).tolist() == pytest.approx(slow)
-    assert pair_loss(better, better - margins, margins).tolist() == pytest.approx([0] * 7, abs=1e-28)
+    assert pair_loss(better, better - margins, margins).tolist() == pytest.approx(
+        [0] * 7, abs=1e-28
+    )
 
 
 def test_without_margins_it_is_bradley_terry():
@@ -54,11 +68,15 @@ def test_the_released_table_pulls_every_pair_to_the_mean_margin():
     table = [[(better[i] - worse[i] - margins[j]).item() ** 2 for i in range(5)] for j in range(5)]
     ours = released.margin_loss_over_a_table(better, worse, margins)
     assert ours.mean().item() == pytest.approx(statistics.mean(map(statistics.mean, table)))
-    spread = margins.var(correction=0).item()  # what cannot be learned, and what the pull is towards
+    spread = margins.var(
+        correction=0
+    ).item()  # what cannot be learned, and what the pull is towards
     to_mean = pair_loss(better, worse, margins.mean().expand(5)).mean().item()
     assert ours.mean().item() == pytest.approx(to_mean + spread)
     assert abs(ours.mean().item() - pair_loss(better, worse, margins).mean().item()) > 0.1
-    equal = torch.full((5,), 1.5, dtype=torch.float64)  # and is nothing but the same when all margins are equal
+    equal = torch.full(
+        (5,), 1.5, dtype=torch.float64
+    )  # and is nothing but the same when all margins are equal
     assert released.margin_loss_over_a_table(better, worse, equal).mean() == pytest.approx(
         pair_loss(better, worse, equal).mean().item()
     )
@@ -78,7 +96,11 @@ def test_the_forward_kl_equals_a_slow_loop_and_takes_excluded_tokens():
     teacher[0, 2] = -math.inf
     slow = []
     for t in range(4):
-        terms = [(teacher[t, a].exp() * (teacher[t, a] - student[t, a])).item() for a in range(9) if (t, a) != (0, 2)]
+        terms = [
+            (teacher[t, a].exp() * (teacher[t, a] - student[t, a])).item()
+            for a in range(9)
+            if (t, a) != (0, 2)
+        ]
         slow.append(sum(terms))
     assert forward_kl(teacher, student).tolist() == pytest.approx(slow)
 
@@ -154,7 +176,9 @@ PAIRS = {  # reply: (score of A, score of B), 0 where nothing certain was said
 def test_r45_scores_of_two_answers_are_read_right_or_not_at_all(text):
     first, second = PAIRS[text]
     assert read_score(said(text), A, B) == first
-    if any(letter.isalpha() for letter in text.replace("and", "")):  # without names, the order tells
+    if any(
+        letter.isalpha() for letter in text.replace("and", "")
+    ):  # without names, the order tells
         assert read_score(said(text), B, A) == second
 
 
@@ -192,7 +216,9 @@ EDITS = {
 @pytest.mark.parametrize("text", EDITS)
 def test_r45_edits_are_what_stands_behind_the_word(text):
     assert read_edit(said(text)) == EDITS[text]
-    assert read_edit(said(text, finished=False)) == ""  # a reply that was cut off holds half an edit
+    assert (
+        read_edit(said(text, finished=False)) == ""
+    )  # a reply that was cut off holds half an edit
 
 
 # ---------------------------------------------------------------------------------- a step against plain forward passes
@@ -200,8 +226,19 @@ def annotations(tmp_path, pairs) -> str:
     """What another program might have written about the eight pairs: text, and scores."""
     rows = []
     for i, row in enumerate(json.loads(line) for line in pairs.read_text().splitlines()):
-        scores = {"score_chosen": 6.0 + i / 4, "score_rejected": 2.0 + i / 8, "score_refined": 9.5 - i / 4}
-        rows.append({**row, "refined": f"{row['chosen']} indeed", "teacher": f"a thing of {i} words", **scores})
+        scores = {
+            "score_chosen": 6.0 + i / 4,
+            "score_rejected": 2.0 + i / 8,
+            "score_refined": 9.5 - i / 4,
+        }
+        rows.append(
+            {
+                **row,
+                "refined": f"{row['chosen']} indeed",
+                "teacher": f"a thing of {i} words",
+                **scores,
+            }
+        )
     path = tmp_path / "annotations.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -220,10 +257,18 @@ FLAGS = {
 
 def slow_step(paths: dict, path: str, flags: dict):
     """Mean loss over the pairs, its parts and its gradient, in float64 and by one plain forward pass after another."""
-    lm, model = LM(paths["student"], CPU), AutoModelForCausalLM.from_pretrained(paths["student"], dtype=torch.float64)
+    lm, model = (
+        LM(paths["student"], CPU),
+        AutoModelForCausalLM.from_pretrained(paths["student"], dtype=torch.float64),
+    )
     teacher = AutoModelForCausalLM.from_pretrained(paths["teacher"], dtype=torch.float64)
     torch.manual_seed(1)
-    head = torch.nn.Linear(model.config.hidden_size, 1, bias=False).weight.detach().double()[0].requires_grad_()
+    head = (
+        torch.nn.Linear(model.config.hidden_size, 1, bias=False)
+        .weight.detach()
+        .double()[0]
+        .requires_grad_()
+    )
     better = "chosen" if flags.get("no-refine") else "refined"
     parts = {"pair": 0.0, "kl": 0.0, "nll": 0.0}
     rows = read_rows(path, "train", (better, "rejected"))
@@ -231,7 +276,9 @@ def slow_step(paths: dict, path: str, flags: dict):
         prompt, responses = lm.encode(row["prompt"], [row[better], row["rejected"], row["teacher"]])
         r = []
         for response in responses[:2]:
-            states = model(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states[-1]
+            states = model(
+                torch.tensor([prompt + response]), output_hidden_states=True
+            ).hidden_states[-1]
             r.append((states[0, -1] * head).sum())
         margin = flags.get("margin_scale", 0.3) * (row[f"score_{better}"] - row["score_rejected"])
         bradley_terry = -torch.log(torch.sigmoid(r[0] - r[1]))
@@ -240,25 +287,39 @@ def slow_step(paths: dict, path: str, flags: dict):
         ours = model(ids).logits[0, span, : lm.vocab_size].log_softmax(-1)
         theirs = teacher(ids).logits[0, span, : lm.vocab_size].log_softmax(-1).detach()
         length = len(responses[2])
-        parts["kl"] += sum((theirs[t].exp() * (theirs[t] - ours[t])).sum() for t in range(length)) / length
+        parts["kl"] += (
+            sum((theirs[t].exp() * (theirs[t] - ours[t])).sum() for t in range(length)) / length
+        )
         parts["nll"] -= sum(ours[t, token] for t, token in enumerate(responses[2])) / length
     parts = {name: part / len(rows) for name, part in parts.items()}
-    total = parts["pair"] + flags.get("kl_coef", 0.1) * parts["kl"] + flags.get("nll_coef", 0.0) * parts["nll"]
+    total = (
+        parts["pair"]
+        + flags.get("kl_coef", 0.1) * parts["kl"]
+        + flags.get("nll_coef", 0.0) * parts["nll"]
+    )
     gradient = torch.autograd.grad(total, [*model.parameters(), head])
     return {"total": total.item(), **{name: part.item() for name, part in parts.items()}}, gradient
 
 
 @pytest.mark.parametrize("name", FLAGS)
-def test_r04_r44_a_step_equals_a_slow_loop_over_plain_forward_passes(name, checkpoints, pairs, run_tiny, tmp_path):
+def test_r04_r44_a_step_equals_a_slow_loop_over_plain_forward_passes(
+    name, checkpoints, pairs, run_tiny, tmp_path
+):
     path, flags = annotations(tmp_path, pairs), FLAGS[name]
     run = run_tiny("rm_distiller", annotations=path, **STEP, **flags)
     expected, gradient = slow_step(checkpoints, path, flags)
     [row_of_metrics] = read_jsonl(run / "metrics.jsonl")
-    logged = {key.removeprefix("losses/"): v for key, v in row_of_metrics.items() if key.startswith("losses/")}
+    logged = {
+        key.removeprefix("losses/"): v
+        for key, v in row_of_metrics.items()
+        if key.startswith("losses/")
+    }
     generation = flags.get("kl_coef", 0.1) + flags.get("nll_coef", 0) > 0
     assert logged.keys() == ({"total", "pair", "kl", "nll"} if generation else {"total", "pair"})
     for term, value in logged.items():
-        silent = term == "kl" and not flags.get("kl_coef", 0.1)  # without the teacher there is nothing to compare with
+        silent = term == "kl" and not flags.get(
+            "kl_coef", 0.1
+        )  # without the teacher there is nothing to compare with
         assert value == pytest.approx(0 if silent else expected[term], rel=1e-3, abs=1e-6), term
     state = torch.load(run / "checkpoint.pt", weights_only=True)["optimizer"]["state"]
     for i, theirs in enumerate(gradient):
@@ -270,8 +331,12 @@ def test_r04_r44_a_step_equals_a_slow_loop_over_plain_forward_passes(name, check
     lm, better = LM(checkpoints["student"], CPU), "chosen" if flags.get("no-refine") else "refined"
     columns = [better, "rejected", "teacher"] if generation else [better, "rejected"]
     rows = read_rows(path, "train", (better, "rejected"))
-    responses = [r for row in rows for r in lm.encode(row["prompt"], [row[name] for name in columns])[1]]
-    assert row_of_metrics["charts/tokens"] == sum(map(len, responses))  # y_T is no part of the row if nothing needs it
+    responses = [
+        r for row in rows for r in lm.encode(row["prompt"], [row[name] for name in columns])[1]
+    ]
+    assert row_of_metrics["charts/tokens"] == sum(
+        map(len, responses)
+    )  # y_T is no part of the row if nothing needs it
 
 
 def test_of_every_pair_only_its_own_margin_counts(checkpoints, pairs, run_tiny, tmp_path):
@@ -280,7 +345,10 @@ def test_of_every_pair_only_its_own_margin_counts(checkpoints, pairs, run_tiny, 
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     losses = []
     for more in (0.0, 1.0):
-        changed = [row | {"score_refined": row["score_refined"] + more * (i == 3)} for i, row in enumerate(rows)]
+        changed = [
+            row | {"score_refined": row["score_refined"] + more * (i == 3)}
+            for i, row in enumerate(rows)
+        ]
         file = tmp_path / f"changed{more}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in changed))
         run = run_tiny("rm_distiller", annotations=str(file), **STEP, kl_coef=0, margin_scale=1)
@@ -290,7 +358,10 @@ def test_of_every_pair_only_its_own_margin_counts(checkpoints, pairs, run_tiny, 
     lm, row = LM(checkpoints["student"], CPU), read_rows(path, "train", ("refined", "rejected"))[3]
     prompt, responses = lm.encode(row["prompt"], [row["refined"], row["rejected"]])
     with torch.no_grad():
-        states = [lm.model(torch.tensor([prompt + r]), output_hidden_states=True).hidden_states[-1] for r in responses]
+        states = [
+            lm.model(torch.tensor([prompt + r]), output_hidden_states=True).hidden_states[-1]
+            for r in responses
+        ]
     difference = ((states[0][0, -1] - states[1][0, -1]) @ head).item()
     margin = row["score_refined"] - row["score_rejected"]
     expected = ((difference - margin - 1) ** 2 - (difference - margin) ** 2) / 8
@@ -302,9 +373,23 @@ def trained(checkpoints, pairs, tmp_path, tokenizer=None, **flags):
     """A run from annotations, of a student with some tokenizer, for a few steps."""
     models = {role: checkpoints[role] for role in ("student", "teacher")}
     if tokenizer is not None:
-        models = {role: save(tmp_path / role, tokenizer, make_model(len(tokenizer), seed=3)) for role in models}
-    how = {"annotations": annotations(tmp_path, pairs), "eval_data": pairs, "reward": "conftest:vowels", "max_steps": 3}
-    how |= {"batch_size": 4, "max_response_tokens": 60, "learning_rate": 1e-2, "best_of": 0, **flags}
+        models = {
+            role: save(tmp_path / role, tokenizer, make_model(len(tokenizer), seed=3))
+            for role in models
+        }
+    how = {
+        "annotations": annotations(tmp_path, pairs),
+        "eval_data": pairs,
+        "reward": "conftest:vowels",
+        "max_steps": 3,
+    }
+    how |= {
+        "batch_size": 4,
+        "max_response_tokens": 60,
+        "learning_rate": 1e-2,
+        "best_of": 0,
+        **flags,
+    }
     assert run_script("rm_distiller", **models, **how, output_dir=tmp_path / "run") == 0
     return tmp_path / "run"
 
@@ -317,7 +402,9 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("case", TOKENIZERS)
-def test_r44_the_saved_model_is_a_plain_classifier_with_equal_scores(case, checkpoints, pairs, tmp_path):
+def test_r44_the_saved_model_is_a_plain_classifier_with_equal_scores(
+    case, checkpoints, pairs, tmp_path
+):
     tokenizer = make_tokenizer(**TOKENIZERS[case])
     run = trained(checkpoints, pairs, tmp_path, tokenizer)
     state = torch.load(run / "checkpoint.pt", weights_only=True)["model"]
@@ -331,19 +418,28 @@ def test_r44_the_saved_model_is_a_plain_classifier_with_equal_scores(case, check
         for answer in (row["chosen"], row["rejected"]):
             prompt, [response] = lm.encode(row["prompt"], [answer])
             with torch.no_grad():
-                states = trained_model(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states[-1]
+                states = trained_model(
+                    torch.tensor([prompt + response]), output_hidden_states=True
+                ).hidden_states[-1]
             texts.append(prompt + response)
             expected.append((states[0, -1] @ head[0]).item())
     assert len({round(value, 4) for value in expected}) > 10
 
     model = AutoModelForSequenceClassification.from_pretrained(run / "model")
     reloaded = AutoTokenizer.from_pretrained(run / "model")
-    assert model.config.num_labels == 1 and model.config.pad_token_id == reloaded.pad_token_id is not None
-    batch = reloaded.pad({"input_ids": texts}, return_tensors="pt", padding_side="right")  # as libraries do it
+    assert (
+        model.config.num_labels == 1
+        and model.config.pad_token_id == reloaded.pad_token_id is not None
+    )
+    batch = reloaded.pad(
+        {"input_ids": texts}, return_tensors="pt", padding_side="right"
+    )  # as libraries do it
     with torch.no_grad():
         together = model(**batch).logits[:, 0].tolist()
         alone = [model(torch.tensor([ids])).logits[0, 0].item() for ids in texts]
-    assert together == pytest.approx(expected, abs=1e-5) and alone == pytest.approx(expected, abs=1e-5)
+    assert together == pytest.approx(expected, abs=1e-5) and alone == pytest.approx(
+        expected, abs=1e-5
+    )
 
     for size in (1, 3, 32):  # and as `--reward runs/<run>/model` of the other scripts
         judge = load_reward(str(run / "model"), CPU, batch_size=size)
@@ -384,7 +480,9 @@ def test_a_reward_model_judges_the_other_scripts(checkpoints, pairs, run_tiny, t
     model = trained(checkpoints, pairs, tmp_path) / "model"
     run = run_tiny("adpa", reward=model, teacher_ref="none")
     rows = read_jsonl(run / "eval_before.jsonl")
-    judged = load_reward(str(model), CPU)([row["prompt"] for row in rows], [row["text"] for row in rows])
+    judged = load_reward(str(model), CPU)(
+        [row["prompt"] for row in rows], [row["text"] for row in rows]
+    )
     assert [row["reward"] for row in rows] == pytest.approx(judged, abs=1e-5)
 
 
@@ -393,7 +491,10 @@ def test_accuracy_by_subset_and_best_of_n_equal_a_slow_count(checkpoints, pairs,
     """Columns of the data that happen to be called as something of ours change nothing."""
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     names = ["one", "two", None, "one", "", "two", "two", "one"]
-    rows = [row | {"source": name, "worth": [5, 7], "pool": "x", "score_chosen": 1} for row, name in zip(rows, names)]
+    rows = [
+        row | {"source": name, "worth": [5, 7], "pool": "x", "score_chosen": 1}
+        for row, name in zip(rows, names)
+    ]
     file = tmp_path / "subsets.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
     (tmp_path / "here").mkdir()
@@ -404,7 +505,11 @@ def test_accuracy_by_subset_and_best_of_n_equal_a_slow_count(checkpoints, pairs,
 
     judge, right = load_reward(str(run / "model"), CPU), {"one": [], "two": [], "all": []}
     for row, name in zip([*rows, rows[0]], [*names, "one"]):
-        prompt = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+        prompt = (
+            row["prompt"]
+            if isinstance(row["prompt"], list)
+            else [{"role": "user", "content": row["prompt"]}]
+        )
         chosen, rejected = judge([prompt] * 2, [row["chosen"], row["rejected"]])
         for subset in {name or "all", "all"}:
             right[subset].append(chosen > rejected)
@@ -413,7 +518,9 @@ def test_accuracy_by_subset_and_best_of_n_equal_a_slow_count(checkpoints, pairs,
         assert (share, count) == (pytest.approx(statistics.mean(values)), len(values))
         assert error == pytest.approx((share * (1 - share) / count) ** 0.5)
         assert subset in out
-    assert summary["accuracy_after"] == summary["accuracy"]["all"][0] and summary["accuracy"].keys() == {
+    assert summary["accuracy_after"] == summary["accuracy"]["all"][0] and summary[
+        "accuracy"
+    ].keys() == {
         *right,
         "best of 3",
     }
@@ -422,9 +529,13 @@ def test_accuracy_by_subset_and_best_of_n_equal_a_slow_count(checkpoints, pairs,
     best = []
     for row in options:
         texts = [answer["text"] for answer in row["answers"]]
-        assert len(texts) == 3 and row["worth"] == [sum(c in "aeiou" for c in text) / (len(text) + 1) for text in texts]
+        assert len(texts) == 3 and row["worth"] == [
+            sum(c in "aeiou" for c in text) / (len(text) + 1) for text in texts
+        ]
         r = judge_unfinished(run, row)
-        best.append(statistics.mean(worth for value, worth in zip(r, row["worth"]) if value == max(r)))
+        best.append(
+            statistics.mean(worth for value, worth in zip(r, row["worth"]) if value == max(r))
+        )
     assert len(options) == 5 and summary["best_of_n_reward"] == pytest.approx(statistics.mean(best))
 
 
@@ -433,19 +544,32 @@ def judge_unfinished(run, row: dict) -> list[float]:
     lm = LM(run / "model", CPU, reward=True)
     prompt, responses = lm.encode(row["prompt"], row["answers"])
     with torch.no_grad():
-        return [lm.model(torch.tensor([prompt + response[:40]])).logits[0, 0].item() for response in responses]
+        return [
+            lm.model(torch.tensor([prompt + response[:40]])).logits[0, 0].item()
+            for response in responses
+        ]
 
 
 def test_the_playgrounds_pairs_are_what_they_are_said_to_be():
-    rows, requests = read_jsonl(ROOT / Args().eval_data), {request.text for request in all_requests()[1]}
+    rows, requests = (
+        read_jsonl(ROOT / Args().eval_data),
+        {request.text for request in all_requests()[1]},
+    )
     gaps = {"easy": [], "hard": [], "shifted": []}
     for row in rows:
         request = read_request(row["prompt"])
-        gaps[row["subset"]].append(oracle(request, row["chosen"]).reward - oracle(request, row["rejected"]).reward)
+        gaps[row["subset"]].append(
+            oracle(request, row["chosen"]).reward - oracle(request, row["rejected"]).reward
+        )
     assert {row["prompt"] for row in rows} == requests  # none of which is trained on
-    assert {name: len(values) for name, values in gaps.items()} == {"easy": 256, "hard": 256, "shifted": 256}
+    assert {name: len(values) for name, values in gaps.items()} == {
+        "easy": 256,
+        "hard": 256,
+        "shifted": 256,
+    }
     assert (
-        min(gaps["easy"]) > rm_pairs.EASY - 1e-6 and 0 < min(gaps["hard"]) <= max(gaps["hard"]) < rm_pairs.HARD + 1e-6
+        min(gaps["easy"]) > rm_pairs.EASY - 1e-6
+        and 0 < min(gaps["hard"]) <= max(gaps["hard"]) < rm_pairs.HARD + 1e-6
     )
     assert min(gaps["shifted"]) > 0
     worth = {name: [] for name in gaps}
@@ -454,11 +578,19 @@ def test_the_playgrounds_pairs_are_what_they_are_said_to_be():
             oracle(read_request(row["prompt"]), row[side]).reward for side in ("chosen", "rejected")
         ]
     means = {name: statistics.mean(values) for name, values in worth.items()}
-    assert means["shifted"] > max(means["easy"], means["hard"])  # the teacher's answers are better than the writers'
+    assert means["shifted"] > max(
+        means["easy"], means["hard"]
+    )  # the teacher's answers are better than the writers'
 
 
 # --------------------------------------------------------------------------------------------- the stages of annotation
-SHORT = {"max_steps": 2, "batch_size": 8, "eval_prompts": 4, "best_of": 0, "max_response_tokens": 40}
+SHORT = {
+    "max_steps": 2,
+    "batch_size": 8,
+    "eval_prompts": 4,
+    "best_of": 0,
+    "max_response_tokens": 40,
+}
 
 
 PAIR_OF_SCORES = (("chosen", 7), ("rejected", 1))
@@ -477,7 +609,11 @@ def plain_scores(lm: LM, chat: list[dict], form: str) -> float:
     for s in range(1, 11):
         prompt, [reply] = lm.encode(chat, [{"text": form.format(s), "finished": form == "{}"}])
         with torch.no_grad():
-            logits = lm.model(torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1, : lm.vocab_size].double()
+            logits = (
+                lm.model(torch.tensor([prompt + reply]))
+                .logits[0, len(prompt) - 1 : -1, : lm.vocab_size]
+                .double()
+            )
         logps.append(logits.log_softmax(-1)[range(len(reply)), reply].sum())
     return (torch.stack(logps).softmax(0) * torch.arange(1.0, 11.0)).sum().item()
 
@@ -494,7 +630,9 @@ def test_expected_scores_equal_plain_forward_passes_of_the_teacher(tmp_path):
         request, chosen, rejected = row["prompt"][-1]["content"], row["chosen"], row["rejected"]
         for name, a, b in (("chosen", chosen, rejected), ("rejected", rejected, chosen)):
             question = (SCORE % ("a", "b")).format(asked=request, a=a, b=b)
-            assert row[f"score_{name}"] == pytest.approx(plain_scores(lm, [ask(question)], "A: {},"), abs=1e-3)
+            assert row[f"score_{name}"] == pytest.approx(
+                plain_scores(lm, [ask(question)], "A: {},"), abs=1e-3
+            )
         refine = ask(REFINE.format(asked=request, teacher=row["teacher"], rejected=rejected))
         assert row["refined"] == row["refined_reply"].partition("Edited:")[2].strip()
         reply = {"role": "assistant", "content": row["refined_reply"]}
@@ -508,7 +646,9 @@ def test_scores_from_text_are_numbers_the_teacher_wrote(tmp_path, capsys):
     assert run_script("rm_distiller", **flags, output_dir=tmp_path / "run") == 0
     rows = read_jsonl(tmp_path / "run" / "annotations.jsonl")
     assert len(rows) > 6
-    lm = LM("playground/teacher", CPU)  # scores are greedy, whatever the temperature of answers and edits
+    lm = LM(
+        "playground/teacher", CPU
+    )  # scores are greedy, whatever the temperature of answers and edits
     data = {row["id"]: row for row in read_rows(str(few(tmp_path)), "train")}
     for row in read_jsonl(tmp_path / "run" / "score_chosen.jsonl")[:8]:
         pair, request = data[row["id"]], row["prompt"][-1]["content"]
@@ -518,11 +658,17 @@ def test_scores_from_text_are_numbers_the_teacher_wrote(tmp_path, capsys):
         assert row["reply"] == greedy["text"]
     columns = ("score_chosen", "score_rejected", "score_refined")
     assert all(row[name] in range(1, 11) for row in rows for name in columns)
-    for column, names in (("score_refined", (IT,)), ("score_chosen", (A, B)), ("score_rejected", (A, B))):
+    for column, names in (
+        ("score_refined", (IT,)),
+        ("score_chosen", (A, B)),
+        ("score_rejected", (A, B)),
+    ):
         for row in read_jsonl(tmp_path / "run" / f"{column}.jsonl"):
             assert row[column] == read_score(said(row["reply"]), *names)
     counts = table_of(capsys.readouterr().out)
-    assert counts["tie"] >= 1 and counts.pop("rows in") == 24  # whole numbers tie; expected ones do not
+    assert (
+        counts["tie"] >= 1 and counts.pop("rows in") == 24
+    )  # whole numbers tie; expected ones do not
     assert sum(counts.values()) == 24
 
 
@@ -539,8 +685,16 @@ def feed(pairs, checkpoints, tmp_path):
     def run(files: dict[str, list[dict]], **flags):
         folder = tmp_path / "fed"
         folder.mkdir()
-        how = {"data": str(pairs), "eval_data": str(pairs), "reward": "conftest:vowels", **SHORT, "log_every": 1}
-        args = Args(**{**how, "student": checkpoints["student"], "teacher": checkpoints["teacher"], **flags})
+        how = {
+            "data": str(pairs),
+            "eval_data": str(pairs),
+            "reward": "conftest:vowels",
+            **SHORT,
+            "log_every": 1,
+        }
+        args = Args(
+            **{**how, "student": checkpoints["student"], "teacher": checkpoints["teacher"], **flags}
+        )
         (folder / "args.json").write_text(json.dumps({**vars(args), "output_dir": str(folder)}))
         for name, rows in files.items():
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -560,14 +714,26 @@ def test_what_is_dropped_is_counted_and_stages_may_come_from_elsewhere(pairs, fe
     files = {
         "teacher": [row | {"teacher": said("a teacher's answer")} for row in rows],
         "score_chosen": [row | {"score_chosen": s} for row, s in zip(rows, first)],
-        "score_rejected": [row | {"score_rejected": s} for row, s in zip(rows, second) if row is not rows[0]],
-        "refined": [row | {"refined": e, "refined_reply": f"Edited: {e}"} for row, e in list(zip(rows, edits))[2:]],
+        "score_rejected": [
+            row | {"score_rejected": s} for row, s in zip(rows, second) if row is not rows[0]
+        ],
+        "refined": [
+            row | {"refined": e, "refined_reply": f"Edited: {e}"}
+            for row, e in list(zip(rows, edits))[2:]
+        ],
         "score_refined": [row | {"score_refined": s} for row, s in list(zip(rows, after))[4:]],
     }
     folder, code = feed({name: made[::-1] for name, made in files.items()})
     out = capsys.readouterr().out
     assert code == 0
-    assert table_of(out) == {"rows in": 8, "unreadable": 3, "tie": 1, "equal": 1, "below the margin": 1, "kept": 2}
+    assert table_of(out) == {
+        "rows in": 8,
+        "unreadable": 3,
+        "tie": 1,
+        "equal": 1,
+        "below the margin": 1,
+        "kept": 2,
+    }
     kept = {row["id"]: row for row in read_jsonl(folder / "annotations.jsonl")}
     turned = kept[rows[6]["id"]]
     assert turned["rejected"] == source[6]["chosen"] and turned["chosen"] == source[6]["rejected"]
@@ -580,14 +746,18 @@ def test_the_end_of_a_reply_tells_one_from_ten(pairs, checkpoints, feed):
     rows = [{"id": row["id"], "prompt": row["prompt"]} for row in read_rows(str(pairs), "train")]
     source = read_rows(str(pairs), "train")
     files = {"teacher": [row | {"teacher": said("a teacher's answer")} for row in rows]}
-    files |= {f"score_{name}": [row | {f"score_{name}": s} for row in rows] for name, s in PAIR_OF_SCORES}
+    files |= {
+        f"score_{name}": [row | {f"score_{name}": s} for row in rows] for name, s in PAIR_OF_SCORES
+    }
     files["refined"] = [row | {"refined": "x y", "refined_reply": "Edited: x y"} for row in rows]
     folder, _ = feed(files)
     lm, checked = LM(checkpoints["teacher"], CPU), 0
     assert len(lm.tokenizer("10").input_ids) > len(lm.tokenizer("1").input_ids)
     for row, pair in zip(read_jsonl(folder / "score_refined.jsonl"), source):
         asked = "\n".join(turn["content"] for turn in row["prompt"])
-        refine = REFINE.format(asked=asked, teacher=said("a teacher's answer"), rejected=pair["rejected"])
+        refine = REFINE.format(
+            asked=asked, teacher=said("a teacher's answer"), rejected=pair["rejected"]
+        )
         reply = {"role": "assistant", "content": "Edited: x y"}
         chat = [ask(refine), reply, ask(RESCORE.format(score_rejected=1))]
         assert row["score_refined"] == pytest.approx(plain_scores(lm, chat, "{}"), abs=1e-3)
@@ -602,7 +772,9 @@ def test_a_stage_of_other_data_is_refused(pairs, feed, capsys):
 
 
 @pytest.mark.parametrize("column", ["score_refined", "score_rejected", "teacher", "refined"])
-def test_annotations_without_a_column_are_one_line(column, checkpoints, pairs, run_tiny, tmp_path, capsys):
+def test_annotations_without_a_column_are_one_line(
+    column, checkpoints, pairs, run_tiny, tmp_path, capsys
+):
     path = annotations(tmp_path, pairs)
     rows = [
         {key: value for key, value in json.loads(line).items() if key != column}
@@ -614,29 +786,59 @@ def test_annotations_without_a_column_are_one_line(column, checkpoints, pairs, r
     assert run_script("rm_distiller", **models, **flags, output_dir=tmp_path / "run") == 2
     err = capsys.readouterr().err
     assert column in err and "Traceback" not in err
-    if column == "teacher":  # which is needed for the generation terms only, and so is the teacher itself
+    if (
+        column == "teacher"
+    ):  # which is needed for the generation terms only, and so is the teacher itself
         flags |= {"teacher": "/no/teacher", "overwrite": True}
-        assert run_script("rm_distiller", **{**models, **flags}, kl_coef=0, output_dir=tmp_path / "run") == 0
+        assert (
+            run_script(
+                "rm_distiller", **{**models, **flags}, kl_coef=0, output_dir=tmp_path / "run"
+            )
+            == 0
+        )
 
 
 def test_nothing_is_trained_that_could_not_be_loaded(checkpoints, pairs, tmp_path, capsys):
     """An architecture without a sequence classifier in transformers ends before the teacher is asked anything."""
     shape = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    config = GraniteConfig(**shape, num_attention_heads=4, num_key_value_heads=2, eos_token_id=5, pad_token_id=0)
+    config = GraniteConfig(
+        **shape, num_attention_heads=4, num_key_value_heads=2, eos_token_id=5, pad_token_id=0
+    )
     student = save(tmp_path / "granite", make_tokenizer(), GraniteForCausalLM(config))
-    flags = {"teacher": checkpoints["teacher"], "annotations": annotations(tmp_path, pairs), "eval_data": pairs}
-    flags |= {"reward": "conftest:vowels", **SHORT, "student": student, "output_dir": tmp_path / "run"}
+    flags = {
+        "teacher": checkpoints["teacher"],
+        "annotations": annotations(tmp_path, pairs),
+        "eval_data": pairs,
+    }
+    flags |= {
+        "reward": "conftest:vowels",
+        **SHORT,
+        "student": student,
+        "output_dir": tmp_path / "run",
+    }
     assert run_script("rm_distiller", **flags) == 2
-    assert "granite has no classifier" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert (
+        "granite has no classifier" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    )
 
 
-def test_overwrite_does_not_remove_the_annotations_that_it_reads(checkpoints, pairs, tmp_path, capsys):
+def test_overwrite_does_not_remove_the_annotations_that_it_reads(
+    checkpoints, pairs, tmp_path, capsys
+):
     run = trained(checkpoints, pairs, tmp_path)
     kept = (run / "annotations.jsonl").write_text(Path(annotations(tmp_path, pairs)).read_text())
     models = {role: checkpoints[role] for role in ("student", "teacher")}
-    flags = {"annotations": run / "annotations.jsonl", "eval_data": pairs, "reward": "conftest:vowels", **SHORT}
+    flags = {
+        "annotations": run / "annotations.jsonl",
+        "eval_data": pairs,
+        "reward": "conftest:vowels",
+        **SHORT,
+    }
     assert run_script("rm_distiller", **models, **flags, output_dir=run, overwrite=True) == 2
-    assert "--annotations" in capsys.readouterr().err and len((run / "annotations.jsonl").read_text()) == kept
+    assert (
+        "--annotations" in capsys.readouterr().err
+        and len((run / "annotations.jsonl").read_text()) == kept
+    )
 
 
 def test_columns_of_the_data_that_json_does_not_know_do_no_harm(tmp_path):
@@ -667,23 +869,36 @@ def test_a_stage_without_what_later_ones_need_is_one_line(teacher, pairs, feed, 
     rows = [{"id": row["id"], "prompt": row["prompt"]} for row in read_rows(str(pairs), "train")]
     files = {"teacher": [row | {"teacher": teacher or said("x")} for row in rows]}
     files |= {
-        f"score_{name}": [row | {f"score_{name}": s} for row in rows] for name, s in (("chosen", 7), ("rejected", 3))
+        f"score_{name}": [row | {f"score_{name}": s} for row in rows]
+        for name, s in (("chosen", 7), ("rejected", 3))
     }
     if not teacher:
         files["refined"] = [row | {"refined": "x y"} for row in rows]
     _, code = feed(files)
     err = capsys.readouterr().err
-    assert code == 2 and ("refined.jsonl" if teacher else "score_refined.jsonl") in err and "Traceback" not in err
+    assert (
+        code == 2
+        and ("refined.jsonl" if teacher else "score_refined.jsonl") in err
+        and "Traceback" not in err
+    )
 
 
-def test_a_teacher_with_another_tokenizer_needs_the_kl_to_be_off(checkpoints, pairs, tmp_path, capsys):
+def test_a_teacher_with_another_tokenizer_needs_the_kl_to_be_off(
+    checkpoints, pairs, tmp_path, capsys
+):
     tokenizer = make_tokenizer(vocab_size=330, text="Answer A is better than Answer B. " * 50)
     other = save(tmp_path / "other", tokenizer, make_model(len(tokenizer), seed=7))
-    flags = {"student": checkpoints["student"], "teacher": other, "annotations": annotations(tmp_path, pairs)}
+    flags = {
+        "student": checkpoints["student"],
+        "teacher": other,
+        "annotations": annotations(tmp_path, pairs),
+    }
     flags |= {"eval_data": pairs, "reward": "conftest:vowels", **SHORT, "max_response_tokens": 60}
     assert run_script("rm_distiller", **flags, output_dir=tmp_path / "run") == 2
     assert "--kl_coef 0 --nll_coef 1" in capsys.readouterr().err
-    assert run_script("rm_distiller", **flags, kl_coef=0, nll_coef=1, output_dir=tmp_path / "run") == 0
+    assert (
+        run_script("rm_distiller", **flags, kl_coef=0, nll_coef=1, output_dir=tmp_path / "run") == 0
+    )
     assert read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["losses/nll"] > 1
 
 
@@ -700,4 +915,6 @@ def test_the_thoughts_of_a_reasoning_teacher_are_left_out(tmp_path, monkeypatch)
 
     monkeypatch.setattr(LM, "sample", thinking)
     assert run_script("rm_distiller", **flags, output_dir=tmp_path / "thinking") == 0
-    assert (plain / "annotations.jsonl").read_text() == (tmp_path / "thinking" / "annotations.jsonl").read_text()
+    assert (plain / "annotations.jsonl").read_text() == (
+        tmp_path / "thinking" / "annotations.jsonl"
+    ).read_text()

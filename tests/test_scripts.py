@@ -26,7 +26,13 @@ from safetensors.torch import load_file
 from common import LM, read_rows
 
 # a run of a few seconds on the playground, sampled in many small batches so that a kill meets a stage half done
-QUICK = {"max_steps": 24, "batch_size": 16, "micro_batch_size": 16, "eval_prompts": 64, "sample_batch_size": 16}
+QUICK = {
+    "max_steps": 24,
+    "batch_size": 16,
+    "micro_batch_size": 16,
+    "eval_prompts": 64,
+    "sample_batch_size": 16,
+}
 QUICK |= {"log_every": 2, "eval_every": 12, "save_every": 5}
 # script: what it needs besides QUICK, how many rows of training data, and the stage in which it is killed
 RUNS = {
@@ -38,7 +44,9 @@ RUNS = {
 }
 FILES = {"args.json", "metrics.jsonl", "checkpoint.pt", "model", "summary.json"}
 REWARDS = {"reward_before", "reward_after", "reward_teacher", "win_rate", "win_rate_stderr"}
-RESULTS = {"rm_distiller": {"accuracy_before", "accuracy_after", "best_of_n_reward"}}  # else REWARDS
+RESULTS = {
+    "rm_distiller": {"accuracy_before", "accuracy_after", "best_of_n_reward"}
+}  # else REWARDS
 MEASURED = {"seconds", "tokens_per_second", "peak_memory_bytes", "seed", "device"}
 VERSIONS = {"torch", "transformers", "datasets", "tyro"}
 
@@ -92,7 +100,11 @@ def error_line(capsys) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def numbers(row: dict) -> dict:
@@ -102,7 +114,9 @@ def numbers(row: dict) -> dict:
 
 def assert_same_metrics(ours: Path, theirs: Path, but=(), **tolerance):
     """Two runs' metrics are equal up to a tolerance, but for those in `but`."""
-    for one, other in zip(*(read_jsonl(run / "metrics.jsonl") for run in (ours, theirs)), strict=True):
+    for one, other in zip(
+        *(read_jsonl(run / "metrics.jsonl") for run in (ours, theirs)), strict=True
+    ):
         assert numbers(one).keys() == numbers(other).keys()
         for key in numbers(one).keys() - set(but):
             assert one[key] == pytest.approx(other[key], **tolerance), (ours.name, one["step"], key)
@@ -123,7 +137,11 @@ def test_a_run_leaves_what_it_should(script, whole_runs):
     summary = json.loads((run / "summary.json").read_text())
     assert summary.keys() >= RESULTS.get(script, REWARDS) | MEASURED | VERSIONS
     assert summary["seed"] == 1 and summary["device"] == "cpu" and summary["torch"].startswith("2.")
-    assert summary["seconds"] > 0 and summary["tokens_per_second"] > 0 and 1e8 < summary["peak_memory_bytes"] < 1e10
+    assert (
+        summary["seconds"] > 0
+        and summary["tokens_per_second"] > 0
+        and 1e8 < summary["peak_memory_bytes"] < 1e10
+    )
     assert all(f"{name} " in out for name in RESULTS.get(script, REWARDS)) and str(run) in out
 
     rows = read_jsonl(run / "metrics.jsonl")
@@ -131,8 +149,12 @@ def test_a_run_leaves_what_it_should(script, whole_runs):
     for row in rows:
         assert all(math.isfinite(value) for value in row.values())
         assert all(re.fullmatch(r"(losses|charts|eval)/\w+", key) for key in row if key != "step")
-    assert {"losses/total", "charts/learning_rate", "charts/grad_norm", "charts/tokens"} <= rows[-1].keys()
-    assert [row["step"] for row in rows if row["step"] and any(key.startswith("eval/") for key in row)] == [12, 24]
+    assert {"losses/total", "charts/learning_rate", "charts/grad_norm", "charts/tokens"} <= rows[
+        -1
+    ].keys()
+    assert [
+        row["step"] for row in rows if row["step"] and any(key.startswith("eval/") for key in row)
+    ] == [12, 24]
     assert rows[-1]["charts/learning_rate"] == pytest.approx(0, abs=1e-12)
 
     if script != "rm_distiller":  # whose result is no model that answers
@@ -142,7 +164,9 @@ def test_a_run_leaves_what_it_should(script, whole_runs):
             mean = sum(sample[when]["reward"] for sample in samples) / 64
             assert summary[f"reward_{when}"] == pytest.approx(mean)
         wins = [sample["after"]["reward"] - sample["before"]["reward"] for sample in samples]
-        assert summary["win_rate"] == pytest.approx(sum((win > 0) + (win == 0) / 2 for win in wins) / 64)
+        assert summary["win_rate"] == pytest.approx(
+            sum((win > 0) + (win == 0) / 2 for win in wins) / 64
+        )
 
 
 @every_script
@@ -165,7 +189,10 @@ def test_the_saved_model_is_an_ordinary_one_and_gives_the_answers_of_the_run(scr
     trained = torch.load(run / "checkpoint.pt", weights_only=True)["model"]
     state = model.state_dict()
     assert all(torch.equal(state[name], trained[name]) for name in state.keys() & trained.keys())
-    assert len(state.keys() & trained.keys()) > 10 and next(iter(state.values())).dtype == torch.float32
+    assert (
+        len(state.keys() & trained.keys()) > 10
+        and next(iter(state.values())).dtype == torch.float32
+    )
     if kind == "CausalLM":
         lm, size = LM(run / "model", torch.device("cpu")), flags["sample_batch_size"]
         told = read_jsonl(run / "eval_after.jsonl")[:size]
@@ -181,7 +208,9 @@ def documented(page: str, heading: str) -> set[str]:
     return {name for cell in cells for name in re.findall(r"`([\w./]+)`", cell)}
 
 
-@pytest.mark.parametrize("script", [script for script in SCRIPTS if (ROOT / "docs" / f"{script}.md").exists()])
+@pytest.mark.parametrize(
+    "script", [script for script in SCRIPTS if (ROOT / "docs" / f"{script}.md").exists()]
+)
 def test_the_methods_page_describes_every_metric_and_every_file(script, whole_runs):
     page = (ROOT / "docs" / f"{script}.md").read_text()
     run, _, _ = whole_runs(script)
@@ -197,7 +226,10 @@ def kill_when(process: subprocess.Popen, path: Path, reached) -> None:
     """SIGKILL as soon as reached(the lines of the file at `path`)."""
     deadline = time.time() + 200
     while not (path.exists() and reached(path.read_bytes().splitlines())):
-        assert process.poll() is None and time.time() < deadline, (process.returncode, process.communicate()[1])
+        assert process.poll() is None and time.time() < deadline, (
+            process.returncode,
+            process.communicate()[1],
+        )
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
@@ -205,7 +237,9 @@ def kill_when(process: subprocess.Popen, path: Path, reached) -> None:
 
 
 @every_script
-def test_r36_a_killed_run_ends_with_the_same_bits_as_an_uninterrupted_one(script, whole_runs, tmp_path, capsys):
+def test_r36_a_killed_run_ends_with_the_same_bits_as_an_uninterrupted_one(
+    script, whole_runs, tmp_path, capsys
+):
     whole, _, flags = whole_runs(script)
     run, stage = tmp_path / "run", RUNS.get(script, ({}, 0, "eval_before.jsonl"))[2]
     kill_when(start(script, **flags, output_dir=run), run / stage, lambda lines: len(lines) > 1)
@@ -215,16 +249,25 @@ def test_r36_a_killed_run_ends_with_the_same_bits_as_an_uninterrupted_one(script
         file.write('{"id": "half a li')
 
     process = start(script, resume=run)
-    kill_when(process, run / "metrics.jsonl", lambda lines: lines and json.loads(lines[-1])["step"] >= 8)
-    assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] in (5, 10) and not (run / "model").exists()
+    kill_when(
+        process, run / "metrics.jsonl", lambda lines: lines and json.loads(lines[-1])["step"] >= 8
+    )
+    assert (
+        torch.load(run / "checkpoint.pt", weights_only=True)["step"] in (5, 10)
+        and not (run / "model").exists()
+    )
     (run / "checkpoint.pt.partial").write_bytes(b"half a checkpoint")
 
     assert run_script(script, resume=run) == 0
     for name, ours in weights(run).items():
         assert torch.equal(ours, weights(whole)[name]), name
-    assert_same_metrics(run, whole, but=["charts/tokens"], rel=0, abs=0)  # which a resumed run can but estimate
+    assert_same_metrics(
+        run, whole, but=["charts/tokens"], rel=0, abs=0
+    )  # which a resumed run can but estimate
     for name in {path.name for path in whole.glob("*.jsonl")} - {"metrics.jsonl"}:
-        ours, theirs = (sorted(map(json.dumps, read_jsonl(folder / name))) for folder in (run, whole))
+        ours, theirs = (
+            sorted(map(json.dumps, read_jsonl(folder / name))) for folder in (run, whole)
+        )
         assert ours == theirs, name
 
 
@@ -235,7 +278,9 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(script, whole_runs, tmp_p
     shutil.copytree(whole, run)
     assert run_script(script, resume=run) == 0
     before, after = contents(whole), contents(run)
-    assert {path for path in before if before[path] != after[path]} <= {"summary.json"}  # times and memory
+    assert {path for path in before if before[path] != after[path]} <= {
+        "summary.json"
+    }  # times and memory
 
 
 # ------------------------------------------------------------------------------------------- r38: folders with a run
@@ -263,7 +308,12 @@ def test_overwrite_replaces_a_run(script, whole_runs, tmp_path):
     (run / "args.json").write_text("{}")
     (run / "checkpoint.pt").write_text("of the old run")
     (run / "samples_of_the_old_run.jsonl").write_text("")
-    assert run_script(script, **(flags | {"max_steps": 1, "eval_prompts": 4}), output_dir=run, overwrite=True) == 0
+    assert (
+        run_script(
+            script, **(flags | {"max_steps": 1, "eval_prompts": 4}), output_dir=run, overwrite=True
+        )
+        == 0
+    )
     assert json.loads((run / "args.json").read_text())["max_steps"] == 1
     assert not (run / "samples_of_the_old_run.jsonl").exists()
 
@@ -292,9 +342,18 @@ BAD = {
     "no such held-out data": (lambda _: {"eval_data": "/no/data.jsonl"}, "/no/data.jsonl"),
     "no such folder of data": (lambda _: {"data": "/no/folder"}, "/no/folder"),
     "no data in the file": (lambda tmp: {"data": write_lines(tmp / "x.jsonl")}, "no row left"),
-    "wrong columns": (lambda tmp: {"data": write_lines(tmp / "x.jsonl", '{"question": "Who?"}')}, "row 1"),
-    "a broken line": (lambda tmp: {"data": write_lines(tmp / "x.jsonl", GOOD, GOOD, GOOD[:-9])}, "line 3"),
-    "a row of another kind": (lambda tmp: {"data": write_lines(tmp / "x.jsonl", GOOD, "[1, 2]")}, "row 2"),
+    "wrong columns": (
+        lambda tmp: {"data": write_lines(tmp / "x.jsonl", '{"question": "Who?"}')},
+        "row 1",
+    ),
+    "a broken line": (
+        lambda tmp: {"data": write_lines(tmp / "x.jsonl", GOOD, GOOD, GOOD[:-9])},
+        "line 3",
+    ),
+    "a row of another kind": (
+        lambda tmp: {"data": write_lines(tmp / "x.jsonl", GOOD, "[1, 2]")},
+        "row 2",
+    ),
     "nothing fits": (lambda _: {"max_prompt_tokens": 1}, "no row left: 0 of "),
     "no held-out row": (lambda tmp: {"eval_data": write_lines(tmp / "x.jsonl")}, "no row left"),
     "another tokenizer": (lambda tmp: {"teacher": other_tokenizer(tmp)}, "different tokenizers"),
@@ -304,7 +363,10 @@ BAD = {
     "a file as folder": (lambda tmp: {"output_dir": write_lines(tmp / "x")}, "Not a directory"),
     "a folder nobody can make": (lambda _: {"output_dir": "/proc/run"}, "/proc/run"),
     "resumed from nowhere": (lambda _: {"resume": "/no/run", "output_dir": None}, "/no/run"),
-    "a judge that cannot read": (lambda tmp: {"eval_data": write_lines(tmp / "x.jsonl", UNKNOWN)}, "--reward"),
+    "a judge that cannot read": (
+        lambda tmp: {"eval_data": write_lines(tmp / "x.jsonl", UNKNOWN)},
+        "--reward",
+    ),
     "no such device": (lambda _: {"device": "nonsense"}, "nonsense"),
 }
 NOT_FOR = {("pad", "another tokenizer")}  # the methods whose teacher may have any tokenizer
@@ -376,16 +438,28 @@ def test_the_run_of_another_script_is_not_resumed(script, tmp_path, capsys):
 
 
 @every_script
-def test_r33_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(script, tmp_path, capsys):
+def test_r33_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
+    script, tmp_path, capsys
+):
     run, flags = tmp_path / "run", flags_of(script, tmp_path)
-    flags |= {"learning_rate": 1e30, "save_every": 1, "log_every": 1, "eval_every": 100, "eval_prompts": 2}
+    flags |= {
+        "learning_rate": 1e30,
+        "save_every": 1,
+        "log_every": 1,
+        "eval_every": 100,
+        "eval_prompts": 2,
+    }
     assert run_script(script, **flags, output_dir=run) == 2
     err = capsys.readouterr().err
     said = re.search(r"error: loss (.*) in step (\d+) on rows (.*)", err)
     assert said and "Traceback" not in err and re.search(r"\b(nan|inf)\b", said[1]), err
     sources = [(flags["data"], ()), (flags["data"], ("chosen", "rejected"))]
-    sources += [(run / "annotations.jsonl", ("refined", "rejected"))] if script == "rm_distiller" else []
-    rows = {row["id"] for path, answers in sources for row in read_rows(str(path), "train", answers)}
+    sources += (
+        [(run / "annotations.jsonl", ("refined", "rejected"))] if script == "rm_distiller" else []
+    )
+    rows = {
+        row["id"] for path, answers in sources for row in read_rows(str(path), "train", answers)
+    }
     named = re.findall(r"\d+-[0-9a-f]{8}", said[3])
     assert named and set(named) <= rows
     assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == int(said[2]) > 0
@@ -400,7 +474,11 @@ def test_r33_a_gradient_that_is_not_finite_ends_the_run_as_well(script, flag, tm
 
 
 def test_errors_stand_on_a_line_of_their_own_below_the_progress_bar(tmp_path, capsys):
-    flags = flags_of("dckd", tmp_path) | {"learning_rate": 1e30, "eval_every": 100, "eval_prompts": 2}
+    flags = flags_of("dckd", tmp_path) | {
+        "learning_rate": 1e30,
+        "eval_every": 100,
+        "eval_prompts": 2,
+    }
     assert run_script("dckd", **flags, output_dir=tmp_path / "run") == 2
     assert error_line(capsys).startswith("error: loss")
 
@@ -410,17 +488,28 @@ def test_errors_stand_on_a_line_of_their_own_below_the_progress_bar(tmp_path, ca
 def test_r20_r22_r23_the_split_of_a_batch_changes_nothing(script, tmp_path):
     """Eight at once, 8 × 1, 4 × 2, and 3 + 3 + 2: losses, gradient norms and weights of several steps."""
     flags = flags_of(script, tmp_path)
-    flags |= {"max_steps": 3, "batch_size": 8, "log_every": 1, "eval_prompts": 4, "logits_chunk": 64, "save_every": 1}
+    flags |= {
+        "max_steps": 3,
+        "batch_size": 8,
+        "log_every": 1,
+        "eval_prompts": 4,
+        "logits_chunk": 64,
+        "save_every": 1,
+    }
     flags |= {"warmup_ratio": 0, "max_grad_norm": 1e9}
     runs = {}
     for size in (8, 1, 2, 3):
         runs[size] = tmp_path / f"run{size}"
-        assert run_script(script, **(flags | {"micro_batch_size": size}), output_dir=runs[size]) == 0
+        assert (
+            run_script(script, **(flags | {"micro_batch_size": size}), output_dir=runs[size]) == 0
+        )
     for size in (1, 2, 3):
         assert_same_metrics(runs[size], runs[8], rel=2e-3, abs=2e-5)
         rows = [read_jsonl(runs[n] / "metrics.jsonl") for n in (size, 8)]
         first, whole = (next(row for row in several if row["step"]) for several in rows)
-        for key in (key for key in first if key.startswith("losses/")):  # before any step the weights are equal
+        for key in (
+            key for key in first if key.startswith("losses/")
+        ):  # before any step the weights are equal
             assert first[key] == pytest.approx(whole[key], rel=1e-4, abs=1e-6), (size, key)
         for name, ours in weights(runs[size]).items():
             assert (ours - weights(runs[8])[name]).abs().max() < 1e-3, (size, name)
@@ -431,13 +520,21 @@ def test_r21_a_ragged_last_batch_counts_every_example_once(script, tmp_path):
     """With a learning rate of 0, steps over 4 + 4 + 2 examples add up to one step over all ten."""
     lines = (ROOT / "playground/data/train.jsonl").read_text().splitlines(keepends=True)[:10]
     (tmp_path / "ten.jsonl").write_text("".join(lines))
-    flags = {"data": tmp_path / "ten.jsonl", "learning_rate": 0, "log_every": 1, "eval_prompts": 2, "num_epochs": 2}
+    flags = {
+        "data": tmp_path / "ten.jsonl",
+        "learning_rate": 0,
+        "log_every": 1,
+        "eval_prompts": 2,
+        "num_epochs": 2,
+    }
     losses = {}
     for size in (10, 4):
         run = tmp_path / f"run{size}"
         assert run_script(script, **flags, batch_size=size, micro_batch_size=3, output_dir=run) == 0
         losses[size] = read_jsonl(run / "metrics.jsonl")
-    assert [row["charts/epoch"] for row in losses[4]] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+    assert [row["charts/epoch"] for row in losses[4]] == pytest.approx(
+        [1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2]
+    )
     for key in (key for key in losses[10][0] if key.startswith("losses/")):
         for epoch in (0, 1):
             steps = losses[4][3 * epoch : 3 * epoch + 3]
@@ -466,9 +563,22 @@ def test_r27_r28_teachers_stay_frozen_and_dropout_stays_off(script, tmp_path, mo
     shutil.copytree(ROOT / "playground/student", student)
     config = json.loads((student / "config.json").read_text())
     (student / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
-    flags = flags_of(script, tmp_path) | {"max_steps": 2, "eval_prompts": 2, "student": student, "log_every": 1}
-    for name, checkpointing in (("plain", False), ("checkpointed", True)):  # which puts the student in train mode
-        assert run_script(script, **flags, output_dir=tmp_path / name, gradient_checkpointing=checkpointing) == 0
+    flags = flags_of(script, tmp_path) | {
+        "max_steps": 2,
+        "eval_prompts": 2,
+        "student": student,
+        "log_every": 1,
+    }
+    for name, checkpointing in (
+        ("plain", False),
+        ("checkpointed", True),
+    ):  # which puts the student in train mode
+        assert (
+            run_script(
+                script, **flags, output_dir=tmp_path / name, gradient_checkpointing=checkpointing
+            )
+            == 0
+        )
     students = [lm for lm in loaded if lm.trains]
     teachers = [lm for lm in loaded if not lm.trains]
     assert {lm.path for lm in students} == {str(student)} and len(teachers) >= 2
@@ -476,10 +586,14 @@ def test_r27_r28_teachers_stay_frozen_and_dropout_stays_off(script, tmp_path, mo
         assert lm.config.attention_dropout == 0
         assert {parameter.dtype for parameter in lm.model.parameters()} == {torch.float32}  # r31
     for lm in teachers:
-        assert not lm.model.training and not any(p.requires_grad or p.grad is not None for p in lm.model.parameters())
+        assert not lm.model.training and not any(
+            p.requires_grad or p.grad is not None for p in lm.model.parameters()
+        )
         saved = load_file(f"{ROOT / lm.path}/model.safetensors")
         state = lm.model.state_dict()
-        assert all(torch.equal(state[key], value.to(state[key].dtype)) for key, value in saved.items())
+        assert all(
+            torch.equal(state[key], value.to(state[key].dtype)) for key, value in saved.items()
+        )
     assert_same_metrics(tmp_path / "plain", tmp_path / "checkpointed", rel=1e-3, abs=1e-5)
 
 
@@ -493,7 +607,12 @@ def test_a_row_per_response_gives_the_same_losses(script, tmp_path, monkeypatch)
             super().check_layout()
             self.share_prefix = False
 
-    flags = flags_of(script, tmp_path) | {"max_steps": 2, "eval_prompts": 2, "log_every": 1, "eval_temperature": 0}
+    flags = flags_of(script, tmp_path) | {
+        "max_steps": 2,
+        "eval_prompts": 2,
+        "log_every": 1,
+        "eval_temperature": 0,
+    }
     assert run_script(script, **flags, output_dir=tmp_path / "shared") == 0
     monkeypatch.setattr(common, "LM", Alone)
     assert run_script(script, **flags, output_dir=tmp_path / "alone") == 0
@@ -529,17 +648,25 @@ def test_r47_every_flag_is_read_and_every_flag_that_is_read_exists(script):
     read = {
         node.attr
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "args"
     }
     assert read == fields
-    described = [node for node in args.body if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+    described = [
+        node
+        for node in args.body
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    ]
     assert len(described) == len(fields)
 
 
 @every_script
 def test_the_sizes_and_the_form_of_a_script(script):
     text = source(script)
-    assert len(text.splitlines()) <= 400 and len((ROOT / "common.py").read_text().splitlines()) <= 350
+    assert (
+        len(text.splitlines()) <= 400 and len((ROOT / "common.py").read_text().splitlines()) <= 350
+    )
     assert f"python {script}.py  " in ast.get_docstring(ast.parse(text))
     assert "    # method\n" in text
 
@@ -552,11 +679,20 @@ def blocks(script: str) -> dict[str, list[str]]:
     parts = re.split(r"^ *# -{10,} (.+)\n", text, flags=re.MULTILINE)
     for name, block in zip(parts[1::2], parts[2::2]):
         result[name] = block.splitlines()
-    results, _, end = text.partition("    # " + "-" * 102 + " results\n")[2].partition('if __name__ == "__main__":')
+    results, _, end = text.partition("    # " + "-" * 102 + " results\n")[2].partition(
+        'if __name__ == "__main__":'
+    )
     return result | {"results": results.splitlines(), "the end": end.splitlines()}
 
 
-SAME = ["flags", "the run folder", "sampling, evaluation", "optimiser", "optimiser step", "log, evaluate, checkpoint"]
+SAME = [
+    "flags",
+    "the run folder",
+    "sampling, evaluation",
+    "optimiser",
+    "optimiser step",
+    "log, evaluate, checkpoint",
+]
 SAME += ["results", "the end"]
 # a reward model is evaluated on pairs, not by what it answers
 OF_ITS_OWN = {("rm_distiller", "sampling, evaluation"), ("rm_distiller", "results")}
@@ -595,6 +731,8 @@ DIFFERENT = {
         '+            row["eval/accuracy"] = evaluate()["all"][0]',
     ],
 }
+
+
 @pytest.mark.parametrize(
     "script, block",
     [
@@ -610,5 +748,9 @@ def test_blocks_that_all_scripts_share_have_not_drifted(script, block):
     lines = list(difflib.unified_diff(ours, theirs, lineterm="", n=0))[2:]
     changed = [line for line in lines if not line.startswith("@@")]
     if changed != DIFFERENT.get((script, block), []):
-        shown = "\n".join(difflib.unified_diff(ours, theirs, "adpa.py", f"{script}.py", lineterm="", n=2))
-        pytest.fail(f"{block!r} is not what it is in adpa.py; change all scripts, or say why in DIFFERENT:\n{shown}")
+        shown = "\n".join(
+            difflib.unified_diff(ours, theirs, "adpa.py", f"{script}.py", lineterm="", n=2)
+        )
+        pytest.fail(
+            f"{block!r} is not what it is in adpa.py; change all scripts, or say why in DIFFERENT:\n{shown}"
+        )
