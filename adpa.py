@@ -1,38 +1,51 @@
-"""ADPA: Advantage-Guided Distillation for Preference Alignment, and ADPA+ (Gao et al., ICLR 2025, arXiv 2502.17927).
+r"""ADPA: Advantage-Guided Distillation for Preference Alignment (Gao et al., ICLR 2025, arXiv
+2502.17927), and ADPA+.
 
-Writing is a token MDP: the state is s_t = (x, y_<t), an action is the next token. An aligned teacher π_dpo and the
-model π_ref that it was aligned from give every action an advantage (section 3.2; β is absorbed by γ),
+Writing a response is a token-level MDP: a state is s_t = (x, y_<t), an action is the next token a.
+An aligned teacher π_dpo and the model π_ref that it was aligned from give every action an advantage
+(section 3.2),
 
     A(s_t, a) = log π_dpo(a|s_t) − log π_ref(a|s_t),
 
-and the student π_θ learns from the chosen answer y_w and from its own earlier answer ŷ:
+and the student π_θ learns from the chosen response y_w and from its own earlier response ŷ, whose
+states are ŝ_t = (x, ŷ_<t):
 
     L = −(1/|y_w|) Σ_t log π_θ(y_w,t|s_t) − γ (1/|ŷ|) Σ_t Σ_a π_θ(a|ŝ_t) A(ŝ_t, a).
 
-The inner sum is an exact expectation over the vocabulary: a policy gradient with a baseline and without sampling noise.
+|y| counts the end-of-sequence token. L is averaged over the pairs of a step.
 
-Stages: (1) the initial student answers every prompt once, `student_answers.jsonl`; (2) training; (3) evaluation.
-ADPA+ is the same from a DCKD checkpoint: `python adpa.py --student runs/<dckd run>/model`.
-Simplified: one GPU; both teachers are scored live instead of cached. The paper's code differs in five points, among
-them a clamp that turns every negative advantage into 0: docs/adpa.md lists them.
+Why a log-ratio is an advantage: DPO looks for the policy that maximises a reward minus
+β KL(π ‖ π_ref). With A* = Q* − V*, the advantage of that problem, its optimal policy is
+π_ref exp(A*/β), already normalised. DPO's π_dpo stands for it. So A* = β A, and γ absorbs β.
+docs/adpa.md has the derivation.
 
-    python adpa.py                                          # the playground: a CPU, less than a minute
-    python adpa.py --student allenai/OLMo-2-0425-1B-SFT --teacher allenai/OLMo-2-1124-7B-DPO --teacher_ref \\
-        allenai/OLMo-2-1124-7B-SFT --data argilla/dpo-mix-7k --eval_data argilla/dpo-mix-7k --learning_rate 5e-7 \\
-        --gamma 1.5 --num_epochs 3 --batch_size 128 --micro_batch_size 4 --reward <reward model>        # one GPU
+The inner sum is an exact expectation over the vocabulary. In a given state its gradient is a policy
+gradient with a baseline and without sampling noise. ŷ is sampled once, before training. From the
+second step on the student has moved, and ŷ is off-policy.
+
+Stages: (1) the initial student answers every prompt once, which gives ŷ; (2) training; with an
+evaluation before and after. ADPA+ is the same from a checkpoint of DCKD (dckd.py):
+`python adpa.py --student runs/<dckd run>/model`. Simplified: one GPU, and π_dpo and π_ref run in
+every step instead of once beforehand. The paper's code differs in several points, among them a
+clamp of A to [0, 1]: docs/adpa.md lists them.
+
+    python adpa.py                                  # the playground: a CPU, less than a minute
+    python adpa.py --student allenai/OLMo-2-0425-1B-SFT --teacher allenai/OLMo-2-1124-7B-DPO \
+        --teacher_ref allenai/OLMo-2-1124-7B-SFT --data argilla/dpo-mix-7k \
+        --eval_data argilla/dpo-mix-7k --learning_rate 5e-7 --gamma 1.5 --num_epochs 3 \
+        --batch_size 128 --micro_batch_size 4 --reward <reward model>               # one GPU
+
+Read part 2 of common.py for `pack` and `per_token`. `pack` lists the response tokens alone, each
+with the position before it, which predicts it. So no prompt token reaches a loss, and the shift is
+done. Frozen models run without gradient. What is sampled or scored goes through `cached_map` (part
+4), which calls function(rows, seed) and returns the rows with the results. Shapes: B examples, N
+response tokens, V vocabulary.
 """
 
-import importlib.metadata
-import json
 import math
-import resource
-import shutil
-import statistics
 import time
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -43,397 +56,394 @@ from transformers import get_cosine_schedule_with_warmup
 from common import (
     LM,
     Example,
-    clearly,
+    Metrics,
+    cached_map,
+    check_flags,
+    choose_device,
+    compare_rewards,
+    encode_rows,
+    exit_in_one_line,
     load_checkpoint,
-    load_reward,
-    make_examples,
+    load_reward_function,
+    mean_per_response,
+    mean_reward,
+    open_run,
     pack,
     per_token,
+    print_samples,
+    print_summary,
     read_rows,
-    response_means,
     save_checkpoint,
-    shared_vocab,
-    stage,
+    save_flags,
+    save_model,
+    save_summary,
+    shared_vocab_size,
+    step_examples,
     stop,
-    target_logps,
+    token_logps,
 )
+
+
+# -------------------------------------------------------------------------------------- mathematics
+def advantages(
+    teacher_log_probs: torch.Tensor,
+    reference_log_probs: torch.Tensor | None = None,
+    clip: tuple[float, float] | None = None,
+    top_k: int = 0,
+) -> torch.Tensor:
+    """[N, V]: A(s, a) = log π_dpo(a|s) − log π_ref(a|s) of every token (section 3.2).
+
+    With `top_k` only the teacher's k likeliest tokens keep theirs, and the others get 0. So does a
+    token that one of the models excludes, with a logit of −∞. Without a reference A is log π_dpo.
+    Then 0 is the highest value there is, so `top_k` makes no sense.
+
+    Example: π_dpo = (.6, .3, .1) and π_ref = (.3, .3, .4) give A = (.69, 0, −1.39).
+    """
+    if reference_log_probs is None:
+        reference_log_probs = torch.zeros_like(teacher_log_probs)
+    excluded = teacher_log_probs.isneginf() | reference_log_probs.isneginf()
+    advantage = teacher_log_probs - reference_log_probs
+    if clip is not None:
+        low, high = clip
+        advantage = advantage.clamp(low, high)
+    advantage = advantage.masked_fill(excluded, 0.0)
+    if top_k:
+        k = min(top_k, teacher_log_probs.shape[-1])
+        likeliest = teacher_log_probs.topk(k).indices  # [N, k]
+        kept = advantage.gather(-1, likeliest)  # [N, k]
+        advantage = torch.zeros_like(advantage).scatter(-1, likeliest, kept)
+    return advantage
+
+
+def expected_advantage(student_log_probs: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
+    """[N]: Σ_a π_θ(a|s) A(s, a), from [N, V] and [N, V].
+
+    Its gradient with respect to the student's logits is π_a (A_a − E_π[A]): the expectation E_π[A]
+    is subtracted from every A_a, as a baseline is.
+
+    Example: with the A above, π_θ = (.2, .5, .3) gives −.28 and the gradient (.19, .14, −.33).
+    """
+    return (student_log_probs.exp() * advantage).sum(-1)
 
 
 @dataclass
 class Args:
+    # method
+    teacher_ref: str = "playground/teacher_ref"
+    """model that the teacher was aligned from; "none": A = log π_dpo (paper, table 2)"""
+    gamma: float = 0.7
+    """γ, weight of the advantage term (playground; paper: best near 1.5 at learning rate 5e-7,
+    worse from 3; released code: 1.6)"""
+    states: Literal["student", "chosen", "rejected", "teacher"] = "student"
+    """whose responses are ŷ (paper: the student's; the others are in appendix E)"""
+    advantage_clip: tuple[float, float] | None = None
+    """bounds of the advantage (paper: none; `1e-8 0.99999999` is what the released code does)"""
+    top_k: int = 0
+    """keep A of the teacher's k likeliest tokens alone (paper, section 4.1: 50); 0 keeps all"""
+    sample_temperature: float = 1.0
+    """temperature at which ŷ is sampled (playground; released code: 0, greedy)"""
+
+    # optimisation
+    learning_rate: float = 1e-3
+    """of AdamW (playground; the paper and its code: 5e-7)"""
+    num_epochs: int = 4
+    """passes over the data"""
+    max_steps: int = 0
+    """optimiser steps; if not 0, it takes the place of --num_epochs"""
+    batch_size: int = 32
+    """examples of an optimiser step"""
+    micro_batch_size: int = 32
+    """examples of a forward pass; it changes memory, not the result"""
+    logits_chunk: int = 1024
+    """response tokens whose logits are in memory at a time"""
+    gradient_checkpointing: bool = False
+    """compute the student's activations again in the backward pass, to save memory"""
+    warmup_ratio: float = 0.1
+    """share of the steps in which the learning rate rises; after that a cosine brings it to 0"""
+    weight_decay: float = 0.0
+    """of AdamW"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    seed: int = 1
+    """seed of the data's order and of sampling"""
+
+    # models and data
     student: str = "playground/student"
     """model to train: a hub id or a folder"""
     teacher: str = "playground/teacher"
     """frozen teacher: a hub id or a folder"""
     data: str = "playground/data/train.jsonl"
-    """preference pairs: a .jsonl, .json or .parquet file, a folder or a hub id"""
+    """training rows: a .jsonl, .json or .parquet file, a folder or a hub id"""
     data_split: str = "train"
-    """split of --data where it has several"""
-    eval_data: str = "playground/data/test.jsonl"
-    """held-out rows, of which only the prompts are used"""
-    eval_split: str = "test"
-    """split of --eval_data where it has several"""
-    reward: str = "playground.world:reward"
-    """judge of answers: module:function as in TRL (your own code is executed), or a reward model"""
-    output_dir: str = ""
-    """folder of this run (default: runs/<script>__<seed>__<time>)"""
-    resume: str = ""
-    """folder of a run that was interrupted; it goes on with the flags it had"""
-    overwrite: bool = False
-    """replace the run that --output_dir holds"""
-    seed: int = 1
-    """seed of data order and sampling"""
-    device: str = ""
-    """cpu, cuda, cuda:1, ... (default: cuda where there is one)"""
-    trust_remote_code: bool = False
-    """run code that comes with a hub model"""
-    track: Literal["none", "tensorboard", "wandb"] = "none"
-    """where metrics go besides metrics.jsonl"""
+    """split of --data, where it has several"""
     max_prompt_tokens: int = 512
     """rows with longer prompts are dropped and counted"""
     max_response_tokens: int = 256
-    """rows with longer answers are dropped and counted; sampling stops there"""
-    num_epochs: int = 4
-    """passes over the data"""
-    max_steps: int = 0
-    """optimiser steps, if not 0, in place of --num_epochs"""
-    batch_size: int = 32
-    """examples of an optimiser step"""
-    micro_batch_size: int = 32
-    """examples of a forward pass: a matter of memory, not of the result"""
-    logits_chunk: int = 1024
-    """response tokens whose logits are alive at a time"""
-    gradient_checkpointing: bool = False
-    """recompute the student's activations in the backward pass to save memory"""
-    warmup_ratio: float = 0.1
-    """share of the steps in which the learning rate rises; a cosine brings it to 0 after that"""
-    weight_decay: float = 0.0
-    """of AdamW"""
-    max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
-    log_every: int = 10
-    """optimiser steps between rows of metrics.jsonl"""
+    """rows with longer responses are dropped and counted; sampling stops there"""
+    sample_batch_size: int = 256
+    """responses sampled at a time"""
+    device: str = ""
+    """cpu, cuda, cuda:1, ... (a GPU where there is one, if empty)"""
+    trust_remote_code: bool = False
+    """run code that comes with a hub model"""
+
+    # evaluation and output
+    eval_data: str = "playground/data/test.jsonl"
+    """held-out rows, of which only the prompts are used"""
+    eval_split: str = "test"
+    """split of --eval_data, where it has several"""
+    reward: str = "playground.world:reward"
+    """what gives a response its reward: module:function (which is executed) or a reward model"""
+    eval_prompts: int = 256
+    """held-out prompts of an evaluation, with one response each"""
+    eval_temperature: float = 1.0
+    """temperature of these responses; 0 is greedy"""
     eval_every: int = 50
-    """optimiser steps between evaluations on held-out prompts"""
+    """optimiser steps between evaluations"""
+    log_every: int = 10
+    """optimiser steps between lines of metrics.jsonl"""
     save_every: int = 50
     """optimiser steps between checkpoints"""
-    eval_prompts: int = 256
-    """held-out prompts per evaluation, one answer each"""
-    eval_temperature: float = 1.0
-    """temperature of the evaluation's answers; 0 is greedy"""
-    sample_batch_size: int = 256
-    """answers sampled at a time"""
-
-    # method
-    learning_rate: float = 1e-3
-    """of AdamW (playground; the paper and its code: 5e-7)"""
-    teacher_ref: str = "playground/teacher_ref"
-    """model that the teacher was aligned from; "none" leaves it out: A = log π_dpo (paper, table 2)"""
-    gamma: float = 0.7
-    """weight of the advantage term (playground; paper: best near 1.5 at learning rate 5e-7, worse from 3; code: 1.6)"""
-    states: Literal["student", "chosen", "rejected", "teacher"] = "student"
-    """on whose answers the advantage is taken (paper: the student's; the others are in appendix E)"""
-    advantage_clip: tuple[float, float] | None = None
-    """bounds of the advantage (paper: none; `1e-8 0.99999999` is what the released code does)"""
-    top_k: int = 0
-    """advantage on the teacher's k likeliest tokens alone, 0 elsewhere (paper, section 4.1: 50); 0 takes all"""
-    sample_temperature: float = 1.0
-    """of the answers ŷ that the advantage is taken on (playground; released code: 0, greedy)"""
+    output_dir: str = ""
+    """folder of this run (runs/<script>__<seed>__<time>, if empty)"""
+    resume: str = ""
+    """folder of a run that was interrupted; it goes on with the flags it had"""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """where metrics go besides metrics.jsonl"""
 
 
-# ------------------------------------------------------------------------------------------------------ mathematics
-def advantages(teacher_log_probs, reference_log_probs=None, clip=None, top_k=0) -> torch.Tensor:
-    """[N, V]: A(s, a) = log π_dpo(a|s) − log π_ref(a|s) of every token (section 3.2); without a reference log π_dpo.
-    A token that one of the models excludes (probability 0) has advantage 0."""
-    if reference_log_probs is None:
-        reference_log_probs = torch.zeros_like(teacher_log_probs)
-    excluded = teacher_log_probs.isneginf() | reference_log_probs.isneginf()
-    advantage = (teacher_log_probs - reference_log_probs).masked_fill(excluded, 0.0)
-    if clip is not None:
-        advantage = advantage.clamp(*clip)
-    if top_k:
-        likeliest = teacher_log_probs.topk(min(top_k, teacher_log_probs.shape[-1])).indices
-        advantage = torch.zeros_like(advantage).scatter(
-            -1, likeliest, advantage.gather(-1, likeliest)
-        )
-    return advantage
+# -------------------------------------------------------------------------------------- terms of L
+def adpa_terms(
+    examples: list[Example],
+    student: LM,
+    teacher: LM,
+    teacher_ref: LM | None,
+    vocab_size: int,
+    args: Args,
+) -> dict[str, torch.Tensor]:
+    """The two terms of L before their weights, each [B]. An example's responses are [y_w, ŷ].
+
+    "sft" enters L as it is and should fall. "advantage" enters with −γ and should rise.
+    """
+    # The student reads y_w and ŷ in one row.
+    batch = pack(examples, student)
+    hidden = student.hidden_states(batch)  # [rows·T, H]
+    chosen = batch.only(0, of=2)  # the tokens of y_w
+    states = batch.only(1, of=2)  # the tokens of ŷ
+
+    # (1/|y_w|) Σ_t log π_θ(y_w,t|s_t)
+    logps = per_token(
+        token_logps,
+        chosen.target_ids,
+        [student],
+        [hidden[chosen.predict_index]],
+        vocab_size=vocab_size,
+        chunk_size=args.logits_chunk,
+    )
+    chosen_logps = mean_per_response(logps, chosen)  # [B]
+
+    # (1/|ŷ|) Σ_t Σ_a π_θ(a|ŝ_t) A(ŝ_t, a)
+    # The teachers score ŷ alone, in rows of their own. They read the student's token ids, its chat
+    # template included. Both batches list the tokens of ŷ in the same order, that of `examples`.
+    teachers = [teacher] if teacher_ref is None else [teacher, teacher_ref]
+    only_states = [Example(e.row, e.prompt_ids, e.response_ids[1:]) for e in examples]
+    teacher_batch = pack(only_states, *teachers)
+    state_hidden = [hidden[states.predict_index]]  # [N, H] each
+    for lm in teachers:
+        state_hidden.append(lm.hidden_states(teacher_batch)[teacher_batch.predict_index])
+
+    # The token that was written is not used: the sum is over all tokens of the vocabulary.
+    def advantage_of_states(_, student_log_probs, teacher_log_probs, reference_log_probs=None):
+        advantage = advantages(
+            teacher_log_probs, reference_log_probs, args.advantage_clip, args.top_k
+        )  # [N, V]
+        return expected_advantage(student_log_probs, advantage)  # [N]
+
+    values = per_token(
+        advantage_of_states,
+        states.target_ids,
+        [student, *teachers],
+        state_hidden,
+        vocab_size=vocab_size,
+        chunk_size=args.logits_chunk,
+    )
+    return {"sft": -chosen_logps, "advantage": mean_per_response(values, states)}
 
 
-def expected_advantage(student_log_probs: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
-    """[N]: Σ_a π_θ(a|s) A(s, a), exactly, from [N, V] and [N, V]. Its gradient with respect to the student's logits is
-    π_a (A_a − E_π[A]): the expectation is its own baseline."""
-    return (student_log_probs.exp() * advantage).sum(-1)
+# --------------------------------------------------------------- models, sampling and evaluation
+def load_models(args: Args, device: torch.device) -> tuple[LM, LM, LM | None]:
+    """The student, the teacher π_dpo, and π_ref unless it is left out."""
+    student = LM(
+        args.student,
+        device,
+        trainable=True,
+        gradient_checkpointing=args.gradient_checkpointing,
+        trust_remote_code=args.trust_remote_code,
+    )
+    teacher = LM(args.teacher, device, trust_remote_code=args.trust_remote_code)
+    if args.teacher_ref == "none":
+        return student, teacher, None
+    teacher_ref = LM(args.teacher_ref, device, trust_remote_code=args.trust_remote_code)
+    for size in ("num_hidden_layers", "hidden_size"):
+        if getattr(teacher.config, size) != getattr(teacher_ref.config, size):
+            stop(f"--teacher_ref must be what --teacher was aligned from: {size} differs")
+    return student, teacher, teacher_ref
 
 
-# ------------------------------------------------------------------------------------------------------------- main
+def respond(rows: list[dict], seed: int, lm: LM, temperature: float, args: Args) -> list[dict]:
+    """One response {"text", "finished"} of `lm` to the prompt of every row."""
+    samples = lm.sample(
+        [lm.prompt_ids(row["prompt"]) for row in rows],
+        temperature=temperature,
+        max_new_tokens=args.max_response_tokens,
+        batch_size=args.sample_batch_size,
+        seed=seed,
+    )
+    return [responses[0] for responses in samples]
+
+
+def evaluate(rows: list[dict], seed: int, lm: LM, reward_fn, args: Args) -> list[dict]:
+    """One response of `lm` to the prompt of every row, with its "reward"."""
+    responses = respond(rows, seed, lm, args.eval_temperature, args)
+    prompts = [row["prompt"] for row in rows]
+    rewards = reward_fn(prompts, [response["text"] for response in responses])
+    return [{**response, "reward": reward} for response, reward in zip(responses, rewards)]
+
+
+# --------------------------------------------------------------------------------------------- main
 def main(args: Args):
-    # ----------------------------------------------------------------------------------------------- the run folder
-    for name, value in vars(args).items():
-        least = (
-            1
-            if name.endswith(("_size", "_epochs", "_every", "_tokens", "_prompts", "_chunk"))
-            else 0
-        )
-        if type(value) in (int, float) and not least <= value < math.inf:
-            stop(f"--{name} {value} must be a number of at least {least}")
     started = time.time()
-    run = Path(args.resume or args.output_dir or f"runs/adpa__{args.seed}__{int(started)}")
-    if args.resume:  # a run goes on with the flags it began with
-        if args != Args(resume=args.resume) or not (run / "args.json").exists():
-            stop(
-                f"--resume {run} takes the folder of a run, which holds all flags, and no other flag"
-            )
-        with clearly(f"resume {run}"):
-            args = Args(**{**json.loads((run / "args.json").read_text()), "overwrite": False})
-    elif (
-        run.exists()
-        and any(run.iterdir())
-        and not (args.overwrite and (run / "args.json").exists())
-    ):
-        stop(
-            f"{run} is not empty; --resume the run in it, --overwrite it, or choose another --output_dir"
-        )
-
-    # ---------------------------------------------------------------------------------------------- models and data
+    args, run_dir = open_run(args, "adpa")
+    check_flags(args, at_least_0=["gamma", "top_k", "sample_temperature"])
     if args.advantage_clip and not args.advantage_clip[0] < args.advantage_clip[1]:
         stop(f"--advantage_clip {args.advantage_clip} must be a lower and a higher bound")
-    with clearly(f"use --device {args.device}"):
-        device = torch.empty(
-            0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        ).device
-    student = LM(args.student, device, True, args.gradient_checkpointing, args.trust_remote_code)
-    teacher = LM(args.teacher, device, remote_code=args.trust_remote_code)
-    frozen = [teacher]
-    if args.teacher_ref != "none":
-        frozen.append(LM(args.teacher_ref, device, remote_code=args.trust_remote_code))
-        shapes = [(lm.config.num_hidden_layers, lm.config.hidden_size) for lm in frozen]
-        if shapes[0] != shapes[1]:
-            stop(
-                f"--teacher_ref {args.teacher_ref} must be the model that --teacher was aligned from; sizes: {shapes}"
-            )
-    vocab_size = min(shared_vocab(student, lm) for lm in frozen)
-    judge = load_reward(args.reward, device, args.trust_remote_code)
-    limits = args.max_prompt_tokens, args.max_response_tokens
-    pairs = make_examples(
-        student, read_rows(args.data, args.data_split), ("chosen", "rejected"), *limits
-    )
-    rows = [example.row for example in pairs]
-    held_out = make_examples(student, read_rows(args.eval_data, args.eval_split, ()), (), *limits)
-    held_out = [example.row for example in held_out[: args.eval_prompts]]
-    if args.overwrite:  # only now: a run that cannot start replaces nothing
-        shutil.rmtree(run, ignore_errors=True)
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "args.json").write_text(json.dumps(vars(args), indent=1))
+    if args.top_k and args.teacher_ref == "none":
+        stop("--top_k needs a --teacher_ref: without one the tokens it drops have the highest A")
 
-    # ----------------------------------------------------------------------------------------- sampling, evaluation
-    def answer(lm: LM, temperature: float, rows: list[dict], number: int) -> list[dict]:
-        """One answer {"text", "finished"} of `lm` to the prompt of every row; `number` is the first row's."""
-        prompts = [lm.encode(row["prompt"])[0] for row in rows]
-        how = {
-            "temperature": temperature,
-            "max_new_tokens": args.max_response_tokens,
-            "seed": args.seed + number,
-        }
-        return [
-            answers[0] for answers in lm.sample(prompts, batch_size=args.sample_batch_size, **how)
-        ]
+    # ------------------------------------------------------------------------------ models and data
+    device = choose_device(args.device)
+    student, teacher, teacher_ref = load_models(args, device)
+    vocab_size = shared_vocab_size(student, teacher)
+    if teacher_ref is not None:
+        vocab_size = min(vocab_size, shared_vocab_size(student, teacher_ref))
+    reward_fn = load_reward_function(args.reward, device, args.trust_remote_code)
+    train_rows = read_rows(args.data, args.data_split)
+    eval_rows = read_rows(args.eval_data, args.eval_split, columns=())
+    pairs = encode_rows(student, train_rows, ["chosen", "rejected"], args, "training pairs")
+    held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")
+    train_rows = [example.row for example in pairs]
+    eval_rows = [example.row for example in held_out[: args.eval_prompts]]
+    save_flags(run_dir, args)
 
-    def evaluate(lm: LM, rows: list[dict] = held_out, number: int = 0) -> list[dict]:
-        """The same on held-out prompts, with the judge's reward."""
-        answers = answer(lm, args.eval_temperature, rows, number)
-        rewards = judge([row["prompt"] for row in rows], [answer["text"] for answer in answers])
-        return [{**answer, "reward": reward} for answer, reward in zip(answers, rewards)]
-
-    def mean_reward(answers: list[dict]) -> float:
-        return statistics.mean(answer["reward"] for answer in answers)
-
-    before = stage(
-        run / "eval_before.jsonl", held_out, partial(evaluate, student), args.sample_batch_size
-    )
-    aligned = stage(
-        run / "eval_teacher.jsonl", held_out, partial(evaluate, teacher), args.sample_batch_size
-    )
-
-    # ------------------------------------------------------------------ stage 1: ŷ, on which the advantage is taken
-    if args.states in ("student", "teacher"):
-        write = partial(
-            answer, student if args.states == "student" else teacher, args.sample_temperature
+    # ------------------------------------------------------------------------ evaluation at step 0
+    # It comes before a checkpoint is read, so that "before" is the untrained student in every run.
+    def evaluate_once(lm: LM, name: str) -> list[dict]:
+        """Evaluates a model and keeps the responses in eval_<name>.jsonl."""
+        return cached_map(
+            run_dir / f"eval_{name}.jsonl",
+            eval_rows,
+            partial(evaluate, lm=lm, reward_fn=reward_fn, args=args),
+            args.sample_batch_size,
+            args.seed,
         )
-        answers = stage(run / f"{args.states}_answers.jsonl", rows, write, args.sample_batch_size)
-        rows = [{**row, args.states: answer} for row, answer in zip(rows, answers)]
-    examples = make_examples(student, rows, ("chosen", args.states), *limits)
 
-    # ---------------------------------------------------------------------------------------------------- optimiser
+    eval_before = evaluate_once(student, "before")
+    eval_teacher = evaluate_once(teacher, "teacher")
+
+    # -------------------------------------------------------------------------- stage 1: sample ŷ
+    if args.states in ("student", "teacher"):
+        writer = student if args.states == "student" else teacher
+        answers = cached_map(
+            run_dir / f"{args.states}_answers.jsonl",
+            train_rows,
+            partial(respond, lm=writer, temperature=args.sample_temperature, args=args),
+            args.sample_batch_size,
+            args.seed,
+        )
+        for row, answer in zip(train_rows, answers):
+            row[args.states] = answer
+    # ŷ is kept as text, in a column that is named after --states, and is encoded here.
+    examples = encode_rows(student, train_rows, ["chosen", args.states], args, "training examples")
+
+    # ------------------------------------------------------------------------------------ optimiser
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     total_steps = args.max_steps or args.num_epochs * steps_per_epoch
     optimizer = torch.optim.AdamW(
         student.model.parameters(), args.learning_rate, weight_decay=args.weight_decay
     )
-    scheduler = get_cosine_schedule_with_warmup(
-        optimizer, math.ceil(args.warmup_ratio * total_steps), total_steps
-    )
-    parts = {"model": student.model, "optimizer": optimizer, "scheduler": scheduler}
-    first_step = load_checkpoint(run / "checkpoint.pt", **parts)
-    metrics = run / "metrics.jsonl"
-    logged = (
-        metrics.read_text().split("\n")[:-1] if first_step else []
-    )  # not what a kill left behind the last break
-    metrics.write_text(
-        "".join(line + "\n" for line in logged if json.loads(line)["step"] <= first_step)
-    )
-    if args.track == "wandb":
-        import wandb
+    warmup_steps = math.ceil(args.warmup_ratio * total_steps)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps)
+    state = {"model": student.model, "optimizer": optimizer, "scheduler": scheduler}
+    counts = {"tokens": 0, "seconds": 0.0}  # of training so far, kept in the checkpoint
+    first_step = load_checkpoint(run_dir / "checkpoint.pt", counts, **state)
+    metrics = Metrics(run_dir, args, first_step)
 
-        wandb.init(project="prefdistill", name=run.name, config=vars(args), sync_tensorboard=True)
-    if args.track != "none":
-        from torch.utils.tensorboard import SummaryWriter
-
-        tracker = SummaryWriter(str(run))
-
-    # ----------------------------------------------------------------------------------------------------- training
-    seconds, tokens, shaping = 0.0, 0, {"clip": args.advantage_clip, "top_k": args.top_k}
-    for step in tqdm(
-        range(first_step, total_steps), initial=first_step, total=total_steps, desc="training"
-    ):
-        tick, losses = time.time(), Counter()
-        epoch, place = divmod(step, steps_per_epoch)
-        order = torch.randperm(
-            len(examples), generator=torch.Generator().manual_seed(args.seed + epoch)
-        ).tolist()
-        drawn = [
-            examples[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]
-        ]
-        for start in range(0, len(drawn), args.micro_batch_size):
-            micro = drawn[start : start + args.micro_batch_size]
-            batch = pack(
-                micro, student
-            )  # of every example two responses: the chosen answer y_w, then ŷ
-            states = pack(
-                [Example(row, prompt, responses[1:]) for row, prompt, responses in micro], *frozen
-            )
-            hidden = student.hidden_states(batch)[batch.source]  # [N, H]
-            on_state = batch.response_of % 2 == 1  # [N]
-
-            # −(1/|y_w|) Σ_t log π_θ(y_w,t|s_t)
-            scored = [(student, hidden[~on_state])]
-            logps = per_token(
-                target_logps, batch.target_ids[~on_state], scored, vocab_size, args.logits_chunk
-            )
-            sft = -response_means(logps, batch.response_of[~on_state], batch.lengths).view(-1, 2)[
-                :, 0
-            ]  # [B]
-
-            # (1/|ŷ|) Σ_t Σ_a π_θ(a|ŝ_t) A(ŝ_t, a)
-            scored = [(student, hidden[on_state])] + [
-                (lm, lm.hidden_states(states)[states.source]) for lm in frozen
-            ]
-            values = per_token(
-                lambda _, ours, *theirs: expected_advantage(ours, advantages(*theirs, **shaping)),
-                *(states.target_ids, scored, vocab_size, args.logits_chunk),
-            )
-            advantage = response_means(values, states.response_of, states.lengths)  # [B]
-
-            terms = {"sft": sft.sum() / len(drawn), "advantage": advantage.sum() / len(drawn)}
-            loss = terms["sft"] - args.gamma * terms["advantage"]
+    # ------------------------------------------------------------------------------------- training
+    steps = range(first_step, total_steps)
+    for step in tqdm(steps, initial=first_step, total=total_steps, desc="training"):
+        step_started = time.time()
+        step_batch = step_examples(examples, step, args.batch_size, args.seed)
+        losses = {"total": 0.0, "sft": 0.0, "advantage": 0.0}
+        for start in range(0, len(step_batch), args.micro_batch_size):
+            micro_batch = step_batch[start : start + args.micro_batch_size]
+            terms = adpa_terms(micro_batch, student, teacher, teacher_ref, vocab_size, args)
+            # Divided by the examples of the whole step, so that the micro-batch size changes
+            # memory and nothing else.
+            sft = terms["sft"].sum() / len(step_batch)
+            advantage = terms["advantage"].sum() / len(step_batch)
+            loss = sft - args.gamma * advantage
             loss.backward()
-            losses.update(
-                {"total": loss.item(), **{name: term.item() for name, term in terms.items()}}
-            )
-            tokens += batch.target_ids.numel()
+            losses["total"] += loss.item()
+            losses["sft"] += sft.item()
+            losses["advantage"] += advantage.item()
 
-        # ------------------------------------------------------------------------------------------- optimiser step
         grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), args.max_grad_norm)
-        if not math.isfinite(losses["total"] + grad_norm):
-            ids, what = (
-                [example.row["id"] for example in drawn],
-                f"loss {losses['total']}, gradient norm {grad_norm}",
-            )
-            stop(f"{what} in step {step} on rows {ids}; {run} keeps the checkpoint before it")
+        if not math.isfinite(losses["total"]) or not math.isfinite(grad_norm):
+            row_ids = [example.row["id"] for example in step_batch]
+            numbers = f"loss {losses['total']}, gradient norm {grad_norm}"
+            stop(f"{numbers} in step {step} on rows {row_ids}")
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
+        for example in step_batch:
+            counts["tokens"] += sum(len(response) for response in example.response_ids)
+        counts["seconds"] += time.time() - step_started
 
-        # -------------------------------------------------------------------------------- log, evaluate, checkpoint
-        done, row = step + 1, {}
-        seconds += time.time() - tick
-        if done % args.log_every == 0 or done == total_steps:
-            row = {f"losses/{name}": value for name, value in losses.items()}
-            row |= {
-                "charts/learning_rate": scheduler.get_last_lr()[0],
-                "charts/grad_norm": grad_norm.item(),
-            }
-            row |= {
-                "charts/epoch": done / steps_per_epoch,
-                "charts/tokens_per_second": tokens / seconds,
-            }
-            row["charts/tokens"] = (
-                tokens / (done - first_step) * done
-            )  # of the whole run, also when it was resumed
-        if done % args.eval_every == 0 or done == total_steps:
-            row["eval/reward"] = mean_reward(evaluate(student))
-        if row:
-            with metrics.open("a") as file:
-                file.write(json.dumps({"step": done, **row}) + "\n")
-            for key, value in row.items() if args.track != "none" else ():
-                tracker.add_scalar(key, value, done)
-        if done % args.save_every == 0 or done == total_steps:
-            save_checkpoint(run / "checkpoint.pt", done, **parts)
+        # --------------------------------------------------------------- log, evaluate, checkpoint
+        done = step + 1
+        is_last = done == total_steps
+        values = {}
+        if done % args.log_every == 0 or is_last:
+            values["losses/total"] = losses["total"]
+            values["losses/sft"] = losses["sft"]
+            values["losses/advantage"] = losses["advantage"]
+            values["charts/learning_rate"] = scheduler.get_last_lr()[0]
+            values["charts/grad_norm"] = grad_norm.item()
+            values["charts/epoch"] = done / steps_per_epoch
+            values["charts/tokens"] = counts["tokens"]
+            values["charts/tokens_per_second"] = counts["tokens"] / counts["seconds"]
+        if is_last:
+            values["eval/reward"] = mean_reward(evaluate_once(student, "after"))
+        elif done % args.eval_every == 0:
+            values["eval/reward"] = mean_reward(
+                evaluate(eval_rows, args.seed, student, reward_fn, args)
+            )
+        if values:
+            metrics.log(done, values)
+        if done % args.save_every == 0 or is_last:
+            save_checkpoint(run_dir / "checkpoint.pt", done, counts, **state)
 
-    # ------------------------------------------------------------------------------------------------------ results
-    after = stage(
-        run / "eval_after.jsonl", held_out, partial(evaluate, student), args.sample_batch_size
-    )
-    with clearly(f"write {run / 'model'}"):
-        student.model.save_pretrained(run / "model")
-        student.tokenizer.save_pretrained(run / "model")
-    wins = [
-        (new["reward"] > old["reward"]) + (new["reward"] == old["reward"]) / 2
-        for new, old in zip(after, before)
-    ]
-    memory = (
-        torch.cuda.max_memory_allocated()
-        if device.type == "cuda"
-        else 1024 * resource.getrusage(0).ru_maxrss
-    )
-    summary = {
-        "reward_before": mean_reward(before),
-        "reward_after": mean_reward(after),
-        "reward_teacher": mean_reward(aligned),
-        "win_rate": statistics.mean(wins),
-        "win_rate_stderr": statistics.pstdev(wins) / len(wins) ** 0.5,
-        "seconds": time.time() - started,
-        "tokens_per_second": tokens / max(seconds, 1e-9),
-        "peak_memory_bytes": memory,
-        "seed": args.seed,
-        "device": str(device),
-        **{
-            name: importlib.metadata.version(name)
-            for name in ("torch", "transformers", "datasets", "tyro")
-        },
-    }
-    (run / "summary.json").write_text(json.dumps(summary, indent=1))
-    answers = [
-        {"before": old, "after": new, "teacher": best}
-        for old, new, best in zip(before, after, aligned)
-    ]
-    (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in answers))
-    for sample in answers[:4]:
-        print(f"\n{sample['before']['prompt'][-1]['content']}")
-        for name, said in sample.items():
-            print(f"  {name:<8}{said['reward']:6.2f}   {said['text']}")
-    print(
-        "\n"
-        + ", ".join(
-            f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float)
-        )
-    )
-    print(f"everything is in {run}, the model in {run / 'model'}")
+    # -------------------------------------------------------------------------------------- results
+    eval_after = evaluate_once(student, "after")
+    save_model(student, run_dir / "model")
+    results = compare_rewards(eval_before, eval_after, eval_teacher)
+    results["seconds"] = time.time() - started
+    save_summary(run_dir, results, counts, args)
+    print_samples({"before": eval_before, "after": eval_after, "teacher": eval_teacher})
+    print_summary(run_dir, results)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except OSError as error:  # a full disk, a folder without permission
-        stop(
-            f"{error}; complete stages and checkpoints are kept: --resume the run when this is mended"
-        )
+    args = tyro.cli(Args, description=__doc__)
+    with exit_in_one_line(args):
+        main(args)

@@ -1,27 +1,43 @@
-"""The three verbs of a language model that all five methods share: load it, sample from it, score responses with it.
+"""What the five methods (adpa, dckd, dpkd, pad, rm_distiller) share. A learner needs part 2 alone,
+and `LM.hidden_states` and `LM.logits` of part 1.
 
-What belongs to a method stands in its script. Letters in shapes:
-    B  examples of a micro-batch    n  responses of an example    R = B·n  responses of a micro-batch
-    N  response tokens of a micro-batch, end-of-turn included    T  tokens of a row    V  vocabulary    H  hidden size
+    Part 1  language models      load a model, turn chats into token ids, sample, compute logits
+    Part 2  per-token scores     pack responses into rows, log-probs of response tokens, their means
+    Part 3  data                 preference pairs, and functions that give a response its reward
+    Part 4  runs                 folder, flags, stages, metrics, checkpoints; nothing about a method
 
-Layout (`pack`): an example is ONE row, the prompt followed by all its responses. A response attends to the prompt and
-to itself, never to its siblings, and its positions go on from the prompt's, so it sees what it would see alone. Only
-hidden states that predict a response token meet the LM head; losses are functions of flat [N, V] and [N] tensors.
+Three things are done here, so that no script has to think of them. `pack` lists response tokens
+only, so no prompt token reaches a loss. With every token it lists the position before it, which
+predicts it: that is the shift. `LM.hidden_states` gives frozen models no gradient.
+
+Letters in shapes:
+
+    B  examples of a micro-batch       n  responses of an example
+    R  responses of a micro-batch, B·n when every example has n
+    N  response tokens of a micro-batch, with their end-of-sequence tokens
+    T  tokens of a row                 V  vocabulary                       H  hidden size
 """
 
+import errno
 import hashlib
+import importlib
+import importlib.metadata
 import json
 import math
+import pickle
+import re
+import statistics
 import sys
-from collections import Counter, namedtuple
-from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from pydoc import locate
-from types import SimpleNamespace
 
+import jinja2
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -30,540 +46,1016 @@ transformers.logging.disable_progress_bar()
 
 
 def stop(message: str):
-    """Ends the program as a command-line tool should: one line that says what is wrong and what to do, exit code 2."""
-    tqdm.write(
-        "error: " + " ".join(message.split())[:600], file=sys.stderr
-    )  # on a line of its own, below the bars
+    """Ends the program with one line and exit code 2. It is for mistakes of the user that the code
+    has looked for. Every other error keeps its traceback."""
+    one_line = " ".join(message.split())
+    tqdm.write(f"error: {one_line[:600]}", file=sys.stderr)
     raise SystemExit(2)
 
 
 @contextmanager
-def clearly(task: str):
-    """What goes wrong inside ends the program with one line: libraries raise many kinds of errors for one problem."""
+def error_note(note: str):
+    """Adds a line to the traceback of whatever goes wrong inside: which file, which row."""
     try:
         yield
     except Exception as error:
-        stop(f"cannot {task}: {error}")
+        error.add_note(f"while {note}")
+        raise
 
 
+# -------------------------------------------------------------------------- part 1: language models
 class LM:
-    """A hub id or local folder (safetensors only) as a model to sample from and to score with. One that trains has
-    float32 weights (bf16 autocast on a GPU), a frozen one is bf16 on a GPU and float32 on a CPU; dropout is off."""
+    """A language model with its tokenizer, from a hub id or a local folder (safetensors only).
+
+    A trainable model has float32 weights and runs under bfloat16 autocast on a GPU. A frozen model
+    is bfloat16 on a GPU and float32 on a CPU. Dropout is always off.
+    """
 
     def __init__(
-        self, path, device, trains=False, checkpointing=False, remote_code=False, reward=False
+        self,
+        path: str | Path,
+        device: torch.device,
+        *,
+        trainable: bool = False,
+        gradient_checkpointing: bool = False,
+        trust_remote_code: bool = False,
+        is_reward_model: bool = False,
     ):
-        self.path, self.device, self.trains, code = (
-            str(path),
-            device,
-            trains,
-            {"trust_remote_code": remote_code},
-        )
-        dtype = torch.bfloat16 if device.type == "cuda" and not trains else torch.float32
-        with clearly(f"load a model with tokenizer from {path}"):
-            self.tokenizer = tokenizer = transformers.AutoTokenizer.from_pretrained(path, **code)
-            config = transformers.AutoConfig.from_pretrained(path, **code)
-            self.config = config.get_text_config()
-            vars(self.config).update(
-                {name: 0.0 for name in vars(self.config) if "dropout" in name or "pdrop" in name}
+        self.path = str(path)
+        self.device = device
+        self.trainable = trainable
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                path, trust_remote_code=trust_remote_code
             )
-            auto = (
-                transformers.AutoModelForSequenceClassification
-                if reward
-                else transformers.AutoModelForCausalLM
-            )
-            code |= {
-                "config": config,
-                "dtype": dtype,
-                "use_safetensors": True,
-                "output_loading_info": True,
-            }
-            self.model, info = auto.from_pretrained(path, **code)
-            assert not info["missing_keys"], f"it lacks weights: {sorted(info['missing_keys'])}"
-        self.model.to(device).requires_grad_(trains).train(
-            checkpointing
-        )  # which works in train mode only
-        if checkpointing:
-            getattr(
-                self.model,
-                "activation_checkpointing_enable",
-                self.model.gradient_checkpointing_enable,
-            )()
-        self.model.get_input_embeddings().padding_idx = (
-            None  # would get no gradient, and may be an end-of-turn as well
-        )
-        self.vocab_size = min(
-            len(tokenizer), self.model.get_input_embeddings().weight.shape[0]
-        )  # no head's padding
-        self.window = (
-            getattr(self.config, "sliding_window", None) or math.inf
-        )  # beyond it our mask is not the model's
-        self.marks = {
-            token[0] for token in tokenizer.added_tokens_encoder
-        }  # what a control token can begin with
-        self.bos = (
-            [tokenizer.bos_token_id]
-            if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-            else []
-        )
-        # what ends an answer: the special token that the template puts behind one, and the tokens that the configs name
-        ends = self.model.generation_config.eos_token_id if self.model.can_generate() else None
-        ends = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
-        if tokenizer.chat_template:
+            self.model = load_model(path, device, trainable, trust_remote_code, is_reward_model)
+        except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+            stop(f"cannot load a model with tokenizer from {path}: {error}")
+        self.config = self.model.config.get_text_config()
+        self.model.requires_grad_(trainable)
+        # Gradient checkpointing works in train mode only. Without dropout the two modes are equal.
+        self.model.train(gradient_checkpointing)
+        if gradient_checkpointing:
+            self.model.activation_checkpointing_enable()
+
+        # Many models pad their LM head to a round number, beyond the tokens of the tokenizer.
+        embeddings = self.model.get_input_embeddings()
+        self.vocab_size = min(len(self.tokenizer), embeddings.weight.shape[0])
+        # The padding token is often the end-of-sequence token as well. It needs its gradient.
+        embeddings.padding_idx = None
+        # Our mask replaces the model's sliding window, so packed responses must be shorter than it.
+        self.sliding_window = getattr(self.config, "sliding_window", None) or math.inf
+
+        self.special_token_starts = {token[0] for token in self.tokenizer.added_tokens_encoder}
+        bos_id = self.tokenizer.bos_token_id
+        adds_bos = self.tokenizer("a").input_ids[:1] == [bos_id]
+        self.bos_ids = [bos_id] if adds_bos else []
+        self.eos_ids = self.find_eos_ids()
+
+        self.share_prefix = True  # the responses of a prompt stand in one row, see `pack`
+        self.autocast_enabled = False
+        if not is_reward_model:
+            self.check_packing()  # in full precision, before autocast is switched on
+        self.autocast_enabled = device.type == "cuda"
+
+    def autocast(self):
+        """Context of every forward pass: bfloat16 on a GPU, nothing on a CPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast_enabled)
+
+    # ------------------------------------------------------------------------- text to token ids
+    def find_eos_ids(self) -> list[int]:
+        """The tokens that end a response. The first of them is appended to texts of the data.
+
+        It is the special token that the chat template writes after an assistant turn. After it
+        come the end-of-sequence tokens of the tokenizer and of the generation config.
+        """
+        candidates = []
+        if self.tokenizer.chat_template:
             chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-            behind = self.template(chat)[len(self.template(chat[:1], ask=True)) :]
-            ends = [
-                *[
-                    t
-                    for t in behind
-                    if getattr(tokenizer.added_tokens_decoder.get(t), "special", False)
-                ][:1],
-                *ends,
-            ]
-        self.end_ids = [token for token in dict.fromkeys(ends) if token is not None] or stop(
-            f"{path} names no EOS"
-        )
-        self.share_prefix, self.autocast = True, nullcontext
-        reward or self.check_layout()
-        self.autocast = partial(
-            torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda"
-        )
+            prompt_length = len(self.chat_ids(chat[:1], add_generation_prompt=True))
+            for token in self.chat_ids(chat)[prompt_length:]:
+                added_token = self.tokenizer.added_tokens_decoder.get(token)
+                if added_token is not None and added_token.special:
+                    candidates.append(token)
+                    break
+        candidates.append(self.tokenizer.eos_token_id)
+        if self.model.can_generate():
+            configured = self.model.generation_config.eos_token_id
+            candidates += configured if isinstance(configured, list) else [configured]
 
-    @torch.no_grad()
-    def check_layout(self):
-        """Compares packed logits with the model's own `forward` on random tokens. Where siblings disturb each other (an
-        architecture without our mask) responses get rows of their own; where the head does not match it is the end."""
-        ids = torch.randint(
-            self.vocab_size, (16,), generator=torch.Generator().manual_seed(0)
-        ).tolist()
-        prompt, responses, error = ids[:6], [ids[6:11], ids[11:]], math.inf
-        own = [
-            self.model(torch.tensor([prompt + r]).to(self.device)).logits[0, 5:-1]
-            for r in responses
-        ]
-        own = torch.cat(own)[:, : self.vocab_size].float()
-        for self.share_prefix in (True, False):
-            with suppress(Exception):  # an architecture that refuses a 4-D mask
-                batch = pack([Example({}, prompt, responses)], self)
-                ours = self.logits(self.hidden_states(batch)[batch.source], self.vocab_size)
-                error = (ours - own).norm() / own.norm()
-            if error < (1e-4 if self.model.dtype == torch.float32 else 3e-2):
-                return self.share_prefix or print(
-                    f"note: {self.path} takes a row per response (slower, same result)"
-                )
-        stop(
-            f"{self.path}: its LM head is not what LM.logits computes (error {error:.1e}); add it there"
-        )
+        eos_ids = []
+        for token in candidates:
+            if token is not None and token not in eos_ids:
+                eos_ids.append(token)
+        if not eos_ids:
+            stop(f"{self.path} names no end-of-sequence token")
+        return eos_ids
 
-    def template(self, messages: list[dict], ask: bool = False) -> list[int]:
-        """Chat template as ids; special-token strings inside messages stay text. `ask` adds the generation prompt."""
-        plain = all(
-            isinstance(v, str) and self.marks.isdisjoint(v)
-            for turn in messages
-            for v in turn.values()
-        )
-        how = {
-            "add_generation_prompt": ask,
-            "return_dict": False,
-            "sanitize_control_tokens": not plain,
-        }  # it is slow
-        with clearly(
-            f"use the chat template of {self.path} with roles {[turn['role'] for turn in messages]}"
-        ):
-            ids = self.tokenizer.apply_chat_template(messages, **how)
-        return ids if ids[: len(self.bos)] == self.bos else self.bos + ids
-
-    def encode(self, prompt: list[dict], answers=()) -> tuple[list[int], list[list[int]]]:
-        """Ids of a prompt and of answers to it. An answer is a text, or {"text", "finished"} as sampled: only a
-        finished one ends with an end-of-turn token. Without a chat template everything is plain text."""
-        chat, plain = (
-            self.tokenizer.chat_template,
-            {"add_special_tokens": False, "split_special_tokens": True},
-        )
-        text, responses = "\n".join(turn["content"] for turn in prompt), []
-        ids = (
-            self.template(prompt, ask=True)
-            if chat
-            else self.bos + self.tokenizer(text, **plain).input_ids
-        )
-        for answer in [
-            {"text": answer, "finished": True} if isinstance(answer, str) else answer
-            for answer in answers
-        ]:
-            turn = {"role": "assistant", "content": answer["text"]}
-            whole = (
-                self.template([*prompt, turn])
-                if chat
-                else ids + self.tokenizer(answer["text"], **plain).input_ids
+    def chat_ids(self, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
+        """Token ids of the chat template. Special tokens that a message spells out stay text."""
+        # Sanitising is slow. It is needed only where a special token could begin.
+        sanitize = False
+        for message in messages:
+            for value in message.values():
+                if not isinstance(value, str) or not self.special_token_starts.isdisjoint(value):
+                    sanitize = True
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                return_dict=False,
+                sanitize_control_tokens=sanitize,
             )
-            if whole[: len(ids)] != ids:
-                stop(
-                    f"{self.path}: its chat template writes this prompt otherwise once it is answered: {text[:200]}"
-                )
-            end = next(
-                (i for i in range(len(ids), len(whole)) if whole[i] in self.end_ids), len(whole)
-            )
-            responses.append(
-                whole[len(ids) : end]
-                + (whole[end : end + 1] or self.end_ids[:1]) * answer["finished"]
-            )
-        return ids, responses
+        except (jinja2.TemplateError, ValueError) as error:
+            roles = [message["role"] for message in messages]
+            stop(f"cannot apply the chat template of {self.path} to roles {roles}: {error}")
+        has_bos = ids[: len(self.bos_ids)] == self.bos_ids
+        return ids if has_bos else self.bos_ids + ids
 
-    def hidden_states(self, batch) -> torch.Tensor:
-        """[rows·T, H]: the backbone's last hidden states. No gradient through a frozen model."""
-        mask, dtype = batch.attention_mask, self.model.dtype
-        if (
-            mask is not None and self.model.config._attn_implementation == "eager"
-        ):  # which adds its mask to the scores
-            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-        inputs = {"attention_mask": mask, "position_ids": batch.position_ids, "use_cache": False}
-        with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()), self.autocast():
-            return self.model.base_model(batch.input_ids, **inputs).last_hidden_state.flatten(0, 1)
+    def plain_ids(self, text: str) -> list[int]:
+        """Token ids of a text as it stands, without special tokens."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def prompt_ids(self, prompt: list[dict]) -> list[int]:
+        """Token ids of a prompt, up to where the response begins."""
+        if self.tokenizer.chat_template:
+            return self.chat_ids(prompt, add_generation_prompt=True)
+        return self.bos_ids + self.plain_ids(prompt_text(prompt))
+
+    def response_ids(
+        self, prompt: list[dict], prompt_ids: list[int], response: str | dict
+    ) -> list[int]:
+        """Token ids of a response. It is a text, or {"text", "finished"} as `sample` returns it.
+
+        A finished response ends with exactly one end-of-sequence token, any other one with none.
+        """
+        if isinstance(response, str):
+            response = {"text": response, "finished": True}
+        if self.tokenizer.chat_template:
+            whole = self.chat_ids([*prompt, {"role": "assistant", "content": response["text"]}])
+            if whole[: len(prompt_ids)] != prompt_ids:
+                text = prompt_text(prompt)[:200]
+                stop(f"{self.path}: its template changes this prompt once it is answered: {text}")
+            ids = whole[len(prompt_ids) :]
+        else:
+            ids = self.plain_ids(response["text"])
+
+        # What a template writes after the end-of-sequence token, such as a line break, is not part
+        # of the response.
+        end = first_index(ids, self.eos_ids)
+        if not response["finished"]:
+            return ids[:end]
+        if end < len(ids):
+            return ids[: end + 1]
+        return [*ids, self.eos_ids[0]]
+
+    def encode(self, prompt: list[dict], responses=()) -> tuple[list[int], list[list[int]]]:
+        """Token ids of a prompt, and of each response to it."""
+        prompt_ids = self.prompt_ids(prompt)
+        return prompt_ids, [self.response_ids(prompt, prompt_ids, text) for text in responses]
+
+    # -------------------------------------------------------------------------- the forward pass
+    def hidden_states(self, batch: "Batch") -> torch.Tensor:
+        """[rows·T, H]: the last hidden states of packed rows. A frozen model gets no gradient."""
+        mask = batch.attention_mask
+        if mask is not None and self.model.config._attn_implementation == "eager":
+            # Eager attention adds its mask: 0 where a token may look, the lowest number elsewhere.
+            lowest = torch.finfo(self.model.dtype).min
+            mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, lowest)
+        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()), self.autocast():
+            output = self.model.base_model(
+                batch.input_ids,
+                attention_mask=mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+            )
+        return output.last_hidden_state.flatten(0, 1)
 
     def logits(self, hidden: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        """[N, V] in float32 from [N, H], without the head's padding; scaled and capped as the config declares."""
-        scale = getattr(self.config, "logit_scale", 1.0) / getattr(
-            self.config, "logits_scaling", 1.0
-        )
-        with self.autocast():  # scaled where it is H numbers and not V
-            values = self.model.get_output_embeddings()(hidden * scale)[:, :vocab_size].float()
+        """[N, V] in float32 from [N, H], scaled and capped as the model's config says."""
+        scale = getattr(self.config, "logit_scale", 1.0)
+        scale /= getattr(self.config, "logits_scaling", 1.0)
+        with self.autocast():
+            # Scaling H numbers per token is cheaper than scaling V.
+            logits = self.model.get_output_embeddings()(hidden * scale)
+        logits = logits[:, :vocab_size].float()
         cap = getattr(self.config, "final_logit_softcapping", None)
-        return cap * torch.tanh(values / cap) if cap else values
+        if cap:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
 
     @torch.no_grad()
+    def check_packing(self):
+        """Compares the logits of a packed example with the model's own, on random tokens.
+
+        An architecture that does not take our mask gets a row for every response. That is slower
+        and gives the same result.
+        """
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.vocab_size, (16,), generator=generator).tolist()
+        example = Example(row={}, prompt_ids=ids[:6], response_ids=[ids[6:11], ids[11:]])
+        tolerance = 1e-4 if self.model.dtype == torch.float32 else 3e-2
+        try:
+            error = self.packing_error(example)
+        except (ValueError, RuntimeError, IndexError):  # a 4-D mask is refused
+            error = math.inf
+        if error < tolerance:
+            return
+        self.share_prefix = False
+        error = self.packing_error(example)
+        if not error < tolerance:  # NaN counts as an error
+            stop(f"{self.path}: its LM head is not what LM.logits computes (error {error:.1e})")
+        print(f"note: {self.path} takes a row per response (slower, same result)")
+
+    def packing_error(self, example: "Example") -> float:
+        """The relative distance of `pack` and `logits` from a plain forward pass per response."""
+        expected = []
+        for response in example.response_ids:
+            ids = torch.tensor([example.prompt_ids + response], device=self.device)
+            logits = self.model(ids).logits[0, :, : self.vocab_size].float()
+            expected.append(logits[len(example.prompt_ids) - 1 : -1])
+        expected = torch.cat(expected)
+        batch = pack([example], self)
+        logits = self.logits(self.hidden_states(batch)[batch.predict_index], self.vocab_size)
+        return ((logits - expected).norm() / expected.norm()).item()
+
+    # ------------------------------------------------------------------------------------ sampling
+    @torch.no_grad()
     def sample(
-        self, prompts, *, n=1, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens, batch_size, seed
-    ) -> list:
-        """n answers {"text", "finished"} to each prompt [ids], in the prompts' order; temperature 0 is greedy decoding.
-        Of the checkpoint's generation config only the end tokens count. `batch_size` answers at a time, by length of
-        prompt; the n answers of a prompt share its prefill. The same seed gives the same answers."""
-        model, pad, answers = self.model, self.end_ids[0], [[] for _ in prompts]
-        how = (
-            {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else {}
+        self,
+        prompts: list[list[int]],
+        *,
+        n: int = 1,
+        temperature: float = 1.0,
+        max_new_tokens: int,
+        batch_size: int,
+        seed: int,
+    ) -> list[list[dict]]:
+        """n responses {"text", "finished"} to every prompt (token ids). Temperature 0 is greedy.
+
+        `batch_size` responses are sampled at a time, prompts of similar length together. Of the
+        checkpoint's generation config only the end-of-sequence tokens count. The same seed gives
+        the same responses.
+        """
+        responses = [[] for _ in prompts]
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        prompts_per_batch = max(1, batch_size // n)
+        saved_config = self.model.generation_config
+        was_training = self.model.training
+        self.model.generation_config = self.sampling_config(temperature, max_new_tokens)
+        self.model.eval()  # in train mode gradient checkpointing would switch the cache off
+        try:
+            with torch.random.fork_rng(), self.autocast():
+                torch.manual_seed(seed)
+                for start in range(0, len(prompts), prompts_per_batch):
+                    indices = by_length[start : start + prompts_per_batch]
+                    new_ids = self.generate([prompts[i] for i in indices], n)
+                    for row, ids in enumerate(new_ids):
+                        responses[indices[row // n]].append(self.decode_response(ids))
+        finally:
+            self.model.generation_config = saved_config
+            self.model.train(was_training)
+        return responses
+
+    def sampling_config(
+        self, temperature: float, max_new_tokens: int
+    ) -> transformers.GenerationConfig:
+        """What `generate` gets in place of the checkpoint's generation config. Temperature 0 is
+        greedy."""
+        config = transformers.GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.eos_ids,
+            pad_token_id=self.eos_ids[0],
         )
-        how |= {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
-        was_training, theirs = model.training, model.generation_config
-        model.generation_config = transformers.GenerationConfig(
-            **how, eos_token_id=self.end_ids, pad_token_id=pad
+        if temperature > 0:
+            config.update(do_sample=True, temperature=temperature, top_p=1.0, top_k=0)
+        return config
+
+    def decode_response(self, ids: list[int]) -> dict:
+        """{"text", "finished"} from sampled ids. What comes after an end-of-sequence token is
+        padding."""
+        end = first_index(ids, self.eos_ids)
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return {"text": text, "finished": end < len(ids)}
+
+    def generate(self, prompts: list[list[int]], n: int) -> list[list[int]]:
+        """The new tokens of n responses to every prompt. Prompts are padded on the left."""
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), width), self.eos_ids[0])
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        ids = ids.repeat_interleave(n, dim=0).to(self.device)
+        mask = mask.repeat_interleave(n, dim=0).to(self.device)
+        return self.model.generate(ids, attention_mask=mask)[:, width:].tolist()
+
+
+def load_model(path, device, trainable: bool, trust_remote_code: bool, is_reward_model: bool):
+    """The transformers model in its dtype and without dropout. ValueError if it lacks weights."""
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    text_config = config.get_text_config()
+    for name in list(vars(text_config)):
+        if "dropout" in name or "pdrop" in name:
+            setattr(text_config, name, 0.0)
+
+    auto_class = transformers.AutoModelForCausalLM
+    if is_reward_model:
+        auto_class = transformers.AutoModelForSequenceClassification
+    frozen_on_gpu = device.type == "cuda" and not trainable
+    model, info = auto_class.from_pretrained(
+        path,
+        config=config,
+        dtype=torch.bfloat16 if frozen_on_gpu else torch.float32,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+    )
+    if info["missing_keys"]:
+        raise ValueError(f"it lacks weights: {sorted(info['missing_keys'])}")
+    return model.to(device)
+
+
+def shared_vocab_size(student: LM, teacher: LM, advice: str = "choose a pair") -> int:
+    """How many tokens two models share. The program ends with the advice if one id means two
+    different tokens. Heads that are padded to different sizes do no harm, nor do tokens at the end
+    of one vocabulary that no text contains.
+    """
+    size = min(student.vocab_size, teacher.vocab_size)
+    student_vocab = {t: i for t, i in student.tokenizer.get_vocab().items() if i < size}
+    teacher_vocab = {t: i for t, i in teacher.tokenizer.get_vocab().items() if i < size}
+    if student_vocab != teacher_vocab:
+        stop(f"{student.path} and {teacher.path} have different tokenizers; {advice}")
+    return size
+
+
+def first_index(ids: list[int], wanted: list[int]) -> int:
+    """The index of the first id that is one of the wanted ones, or the number of ids."""
+    for index, token in enumerate(ids):
+        if token in wanted:
+            return index
+    return len(ids)
+
+
+def prompt_text(prompt: list[dict]) -> str:
+    """The messages of a prompt as one text, without their roles."""
+    return "\n".join(message["content"] for message in prompt)
+
+
+# ------------------------------------------------------------------------- part 2: per-token scores
+@dataclass
+class Example:
+    """A row of data, with the token ids of its prompt and of its n responses."""
+
+    row: dict
+    prompt_ids: list[int]
+    response_ids: list[list[int]]
+
+
+@dataclass
+class Batch:
+    """Packed rows, and where their R responses and N response tokens lie in them."""
+
+    input_ids: torch.Tensor  # [rows, T]
+    position_ids: torch.Tensor | None  # [rows, T]
+    attention_mask: torch.Tensor | None  # [rows, 1, T, T], True where a query may look at a key
+    target_ids: torch.Tensor  # [N] the response tokens
+    predict_index: torch.Tensor  # [N] into rows·T: the position before the token, which predicts it
+    response_index: torch.Tensor  # [N] which of the R responses the token belongs to
+    last_index: torch.Tensor  # [R] into rows·T: the position of each response's last token
+    lengths: torch.Tensor  # [R] tokens of each response
+
+    def only(self, k: int, of: int) -> "Batch":
+        """The same rows, but only response k (from 0) of every example is scored. Every example
+        must have `of` responses. It serves terms of a loss that are taken on one response."""
+        is_wanted = self.response_index % of == k  # [N]
+        return replace(
+            self,
+            target_ids=self.target_ids[is_wanted],
+            predict_index=self.predict_index[is_wanted],
+            response_index=self.response_index[is_wanted] // of,
+            last_index=self.last_index[k::of],
+            lengths=self.lengths[k::of],
         )
-        model.eval()  # gradient checkpointing would switch the cache off
-        order, step = (
-            sorted(range(len(prompts)), key=lambda i: len(prompts[i])),
-            max(1, batch_size // n),
-        )
-        with torch.random.fork_rng(), self.autocast():
-            torch.manual_seed(seed)
-            for some in (order[start : start + step] for start in range(0, len(order), step)):
-                width, cache = len(prompts[some[-1]]), None
-                ids = torch.tensor(
-                    [[pad] * (width - len(prompts[i])) + prompts[i] for i in some],
-                    device=self.device,
-                )
-                mask = torch.tensor(
-                    [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in some]
-                ).to(ids)
-                if n > 1 and width > 1 and self.share_prefix:
-                    seen = {
-                        "attention_mask": mask[:, :-1],
-                        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, :-1],
-                    }
-                    cache = model.base_model(ids[:, :-1], **seen, use_cache=True).past_key_values
-                    cache.batch_repeat_interleave(n)
-                ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
-                new = model.generate(ids, attention_mask=mask, past_key_values=cache)[
-                    :, width:
-                ].tolist()
-                for k, row in enumerate(new):
-                    end = next(
-                        (i for i, token in enumerate(row) if token in self.end_ids), len(row)
-                    )
-                    text = self.tokenizer.decode(row[:end], skip_special_tokens=True)
-                    answers[some[k // n]].append({"text": text, "finished": end < len(row)})
-        model.generation_config = theirs
-        model.train(was_training)
-        return answers
 
 
-def shared_vocab(one: LM, other: LM, advice="choose a pair") -> int:
-    """The number of tokens that two models share. Heads padded to different sizes do no harm, nor do added tokens that
-    only one tokenizer has; if one id means two things, the program ends with advice."""
-    size = min(one.vocab_size, other.vocab_size)
-    ours, theirs = (
-        {t: i for t, i in lm.tokenizer.get_vocab().items() if i < size} for lm in (one, other)
-    )
-    return (
-        size
-        if ours == theirs
-        else stop(f"{one.path} and {other.path} have different tokenizers; {advice}")
-    )
+def pack(examples: list[Example], *models: LM) -> Batch:
+    """A micro-batch in a layout that all the given models can read.
 
+    An example is ONE row, the prompt followed by its responses. So the prompt is computed once:
 
-# A row of data, the ids of its prompt and of each of its n responses; a finished response ends with its end-of-turn.
-Example = namedtuple("Example", ["row", "prompt", "responses"])
+        tokens         x0 x1 x2 | a0 a1 a2 | b0 b1 | padding
+        segment         0  0  0 |  1  1  1 |  2  2 | 0
+        position_ids    0  1  2 |  3  4  5 |  3  4 | 0
 
+    A response looks at the prompt (segment 0) and at itself, never at another response. Its
+    positions go on from the prompt's. So it sees what it would see alone. Models that cannot do
+    that get one response per row. AssertionError if a response has no token.
+    """
+    longest = 0
+    for example in examples:
+        for response in example.response_ids:
+            assert response, "a response without tokens"
+            longest = max(longest, len(example.prompt_ids) + len(response))
+    if not all(lm.share_prefix and longest <= lm.sliding_window for lm in models):
+        examples = one_response_per_example(examples)
 
-def read_rows(source: str, split: str, answers=("chosen", "rejected")) -> list[dict]:
-    """Preference data from a .jsonl, .json or .parquet file, a folder or a hub id. A row has a `prompt` (text or chat
-    messages) and `answers` (text or conversations), or only conversations that share all but their last turn; returned
-    rows have an `id` (number and content hash), `prompt` as messages, answers as text, and all other columns."""
-    raw, rows = [], []
-    with clearly(f"read {source} (split {split})"):
-        if source.endswith(
-            (".json", ".jsonl")
-        ):  # not by datasets, which makes a date of the text "2021-01-01"
-            data = Path(source).read_bytes()
-            for number, line in enumerate(
-                [] if data.lstrip()[:1] == b"[" else data.splitlines(), 1
-            ):
-                with clearly(f"read {source}, line {number}"):
-                    raw += [json.loads(line)] if line.strip() else []
-            raw = raw or json.loads(data or b"[]")
-        else:
-            from datasets import load_dataset  # a second of import time
-            from pyarrow.parquet import read_table
-
-            raw = (
-                read_table(source).to_pylist()
-                if source.endswith(".parquet")
-                else load_dataset(source, split=split)
-            )
-    for number, row in enumerate(raw, 1):
-        with clearly(
-            f"use {source}, row {number}, without {('prompt', *answers)} as text or chat: {str(row)[:150]}"
-        ):
-            prompt = row.get("prompt")
-            if prompt is None and isinstance(row["chosen"], list):
-                prompt = (
-                    row["chosen"][:-1]
-                    if row["chosen"][:-1] == row.get("rejected", row["chosen"])[:-1]
-                    else None
-                )
-            prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            texts = [
-                value if isinstance(value, str) else value[-1]["content"]
-                for value in map(row.get, answers)
-            ]
-            "".join([*texts, *(turn["role"] + turn["content"] for turn in prompt)])  # all are text
-        digest = hashlib.sha256(json.dumps([prompt, texts]).encode()).hexdigest()[:8]
-        rows.append(
-            {**row, "id": f"{number}-{digest}", "prompt": prompt, **dict(zip(answers, texts))}
-        )
-    return rows
-
-
-def make_examples(
-    lm: LM, rows: list[dict], answers, max_prompt_tokens: int, max_response_tokens: int
-) -> list[Example]:
-    """Rows as ids, with the answers in the columns `answers`. What does not fit is dropped and counted, never cut; only
-    a sample that never ended, which the limit cut in the first place, is cut there again should its text take more."""
-    kept, dropped = [], Counter()
-    for row in rows:
-        prompt, responses = lm.encode(row["prompt"], [row[key] for key in answers])
-        texts = [
-            row[key] for key in answers if isinstance(row[key], str)
-        ]  # of the data, not sampled
-        responses = [
-            r[: None if set(r[-1:]) & set(lm.end_ids) else max_response_tokens] for r in responses
-        ]
-        if not all(responses) or not all(
-            map(str.strip, ["".join(t["content"] for t in row["prompt"]), *texts])
-        ):
-            dropped["empty prompt or answer"] += 1
-        elif answers and "chosen" in row and row["chosen"] == row.get("rejected"):
-            dropped["equal answers"] += 1
-        elif len(prompt) > max_prompt_tokens or any(
-            len(response) > max_response_tokens for response in responses
-        ):
-            dropped[
-                f"over {max_prompt_tokens} prompt or {max_response_tokens} response tokens"
-            ] += 1
-        else:
-            kept.append(Example(row, prompt, responses))
-    line = f"{len(kept)} of {len(rows)} rows" + "".join(
-        f", {n} dropped ({why})" for why, n in dropped.items()
-    )
-    return print(line) or kept or stop(f"no row left: {line}")
-
-
-def pack(examples: list[Example], *models: LM) -> SimpleNamespace:
-    """A micro-batch as rows that suit all the given models (of one tokenizer), and where its R responses and their N
-    tokens lie in them: see the shapes below. AssertionError if a response has no token."""
-    assert all(response for example in examples for response in example.responses), (
-        "a response without tokens"
-    )
-    longest = max(
-        len(prompt) + len(response) for _, prompt, responses in examples for response in responses
-    )
-    if not all(lm.share_prefix and longest <= lm.window for lm in models):
-        examples = [
-            Example(row, prompt, [response])
-            for row, prompt, group in examples
-            for response in group
-        ]
-    width = max(len(prompt) + sum(map(len, responses)) for _, prompt, responses in examples)
-    rows, source, last, targets, lengths = [], [], [], [], []
-    for _, prompt, responses in examples:
-        row = [
-            (token, position, 0) for position, token in enumerate(prompt)
-        ]  # of every token: id, position, segment
-        for segment, response in enumerate(responses, 1):
-            start = len(rows) * width + len(row)
-            source += [
-                len(rows) * width + len(prompt) - 1,
-                *range(start, start + len(response) - 1),
-            ]
-            last.append(start + len(response) - 1)
+    width = max(len(e.prompt_ids) + sum(map(len, e.response_ids)) for e in examples)
+    input_ids = torch.zeros(len(examples), width, dtype=torch.long)
+    position_ids = torch.zeros_like(input_ids)
+    segments = torch.zeros_like(input_ids)
+    target_ids, predict_index, last_index, lengths = [], [], [], []
+    for row, example in enumerate(examples):
+        prompt_length = len(example.prompt_ids)
+        input_ids[row, :prompt_length] = torch.tensor(example.prompt_ids)
+        position_ids[row, :prompt_length] = torch.arange(prompt_length)
+        first = row * width  # the index of this row's first token in rows·T
+        start = prompt_length
+        for segment, response in enumerate(example.response_ids, 1):
+            end = start + len(response)
+            input_ids[row, start:end] = torch.tensor(response)
+            position_ids[row, start:end] = prompt_length + torch.arange(len(response))
+            segments[row, start:end] = segment
+            target_ids += response
+            # The prompt's last token predicts the first response token. Each response token
+            # predicts the next one.
+            predict_index.append(first + prompt_length - 1)
+            predict_index += range(first + start, first + end - 1)
+            last_index.append(first + end - 1)
             lengths.append(len(response))
-            targets += response
-            row += [
-                (token, position, segment) for position, token in enumerate(response, len(prompt))
-            ]
-        rows.append(row + [(0, 0, 0)] * (width - len(row)))
-    ids, positions, segments = torch.tensor(rows).unbind(-1)
-    mask = (
-        (segments[:, None, None] == 0) | (segments[:, None, None] == segments[:, None, :, None])
-    ).tril()
-    alone = len(rows) == len(
-        lengths
-    )  # one response a row is plainly causal: nothing looks at padding on the right
-    batch = {
-        "input_ids": ids,  # [rows, T]
-        "position_ids": None if alone else positions,  # [rows, T]
-        "attention_mask": None
-        if alone
-        else mask,  # [rows, 1, T, T], True where a query may look at a key
-        "source": source,  # [N] index into rows·T of the position that predicts each response token
-        "target_ids": targets,  # [N]
-        "response_of": torch.arange(len(lengths)).repeat_interleave(
-            torch.tensor(lengths)
-        ),  # [N] which of the R
-        "last": last,  # [R] index into rows·T of each response's last token
-        "lengths": lengths,  # [R] tokens of each response
-    }
-    return SimpleNamespace(
-        **{k: v if v is None else torch.as_tensor(v).to(models[0].device) for k, v in batch.items()}
+            start = end
+
+    # A token looks at its own segment and at the prompt, and never at what is later in the row. So
+    # nothing looks at padding, which is the last thing in a row.
+    same_segment = segments[:, :, None] == segments[:, None, :]
+    key_in_prompt = (segments == 0)[:, None, :]
+    attention_mask = (same_segment | key_in_prompt).tril()[:, None]
+    one_response_per_row = len(lengths) == len(examples)
+    if one_response_per_row:
+        # That is plainly causal, which is what models do without a mask.
+        attention_mask = None
+        position_ids = None
+
+    def on_device(values):
+        return None if values is None else torch.as_tensor(values).to(models[0].device)
+
+    lengths = torch.tensor(lengths)
+    return Batch(
+        input_ids=on_device(input_ids),
+        position_ids=on_device(position_ids),
+        attention_mask=on_device(attention_mask),
+        target_ids=on_device(target_ids),
+        predict_index=on_device(predict_index),
+        response_index=on_device(torch.arange(len(lengths)).repeat_interleave(lengths)),
+        last_index=on_device(last_index),
+        lengths=on_device(lengths),
     )
+
+
+def one_response_per_example(examples: list[Example]) -> list[Example]:
+    """The same responses in the same order, each as an example of its own."""
+    single = []
+    for example in examples:
+        for response in example.response_ids:
+            single.append(Example(example.row, example.prompt_ids, [response]))
+    return single
 
 
 def per_token(
     function,
     target_ids: torch.Tensor,
-    scored: list[tuple[LM, torch.Tensor]],
+    models: list[LM],
+    hidden: list[torch.Tensor],
+    *,
     vocab_size: int,
-    chunk: int,
+    chunk_size: int,
 ):
-    """function(target_ids [N], float32 log_probs [N, V] of each model) -> one [N] tensor or several. `scored` holds
-    each model with its hidden states [N, H] at the tokens' `source`. Beyond `chunk` tokens slices are recomputed in the
-    backward pass, so that [chunk, V] logits per model are alive at a time; below it nothing is computed twice."""
-    models, hidden = zip(*scored)
+    """Calls function(target_ids [N], log_probs [N, V] of every model), which returns one tensor [N]
+    or several. `hidden` has each model's hidden states [N, H] at the positions that predict.
+
+    It takes hidden states and not logits because logits need the most memory. More than
+    `chunk_size` tokens are handled in slices of that size, whose logits are computed again in the
+    backward pass. So only [chunk_size, V] logits per model are in memory at a time. Log-probs are
+    float32.
+    """
 
     def on_slice(target_ids, *hidden):
-        return function(
-            target_ids, *(lm.logits(h, vocab_size).log_softmax(-1) for lm, h in zip(models, hidden))
-        )
+        log_probs = [lm.logits(h, vocab_size).log_softmax(-1) for lm, h in zip(models, hidden)]
+        return function(target_ids, *log_probs)
 
-    if len(target_ids) <= chunk:
+    if len(target_ids) <= chunk_size:
         return on_slice(target_ids, *hidden)
-    slices = zip(*(column.split(chunk) for column in (target_ids, *hidden)))
-    parts = [
-        checkpoint(on_slice, *part, use_reentrant=False, preserve_rng_state=False)
-        for part in slices
-    ]
-    return torch.cat(parts) if torch.is_tensor(parts[0]) else tuple(map(torch.cat, zip(*parts)))
+    columns = [tensor.split(chunk_size) for tensor in (target_ids, *hidden)]
+    results = []
+    for part in zip(*columns):
+        results.append(checkpoint(on_slice, *part, use_reentrant=False, preserve_rng_state=False))
+    if torch.is_tensor(results[0]):
+        return torch.cat(results)
+    return tuple(torch.cat(parts) for parts in zip(*results))
 
 
-def target_logps(target_ids: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
-    """[N]: log-prob of each response token, from [N] and [N, V]."""
+def token_logps(target_ids: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    """[N]: the log-prob of each response token, from [N] and [N, V]."""
     return log_probs.gather(-1, target_ids[:, None]).squeeze(-1)
 
 
-def response_means(
-    values: torch.Tensor, response_of: torch.Tensor, lengths: torch.Tensor
-) -> torch.Tensor:
-    """[R]: sums of values [N] by response_of [N], over lengths [R]; 0 for a response of which no token is there."""
-    return values.new_zeros(len(lengths)).index_add(0, response_of, values) / lengths
+def mean_per_response(values: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """[R]: the mean of values [N] over the tokens of each response."""
+    sums = values.new_zeros(len(batch.lengths)).index_add(0, batch.response_index, values)
+    return sums / batch.lengths
 
 
-def load_reward(spec: str, device: torch.device, trust_remote_code=False, batch_size=32):
-    """The judge f(prompts, answers) -> list of floats: `module:function`, or a sequence-classification reward model,
-    whose score is read at the answer's last token whatever its padding id is."""
-    function = locate(spec.replace(":", ".")) if ":" in spec else None
-    if ":" in spec and not callable(function):
-        stop(
-            f"--reward {spec}: no such function here; give module:function or the path of a reward model"
-        )
-    lm = None if function else LM(spec, device, remote_code=trust_remote_code, reward=True)
+def weighted(weight: float, term: torch.Tensor) -> torch.Tensor | float:
+    """weight · term. A weight of 0 gives 0 even where the term is infinite, because 0 · ∞ is NaN.
 
-    @clearly(f"judge answers with --reward {spec}")
+    A term is infinite where one model excludes a token of the other, with a logit of −∞.
+    """
+    return weight * term if weight else 0.0
+
+
+# ------------------------------------------------------------------------------------- part 3: data
+def read_rows(source: str, split: str, columns=("chosen", "rejected")) -> list[dict]:
+    """Preference data from a .jsonl, .json or .parquet file, a folder or a hub id.
+
+    A row has a `prompt` and the named columns. The prompt is a text or a list of chat messages. A
+    column is a text or a conversation, of which the last turn counts. Without a prompt, `chosen`
+    and `rejected` are conversations that share all turns but the last. A returned row has an `id`,
+    the prompt as messages, the columns as texts, and whatever else it had. The program ends with
+    the line or the row that cannot be read.
+    """
+    rows = []
+    for number, record in enumerate(read_records(source, split), 1):
+        try:
+            rows.append(read_row(record, number, columns))
+        except ValueError as error:
+            stop(f"{source}, row {number}: {error}: {repr(record)[:200]}")
+    return rows
+
+
+def read_records(source: str, split: str) -> list:
+    """The records of a file, a folder or a hub id, one per row, unchanged."""
+    if source.endswith((".json", ".jsonl")):
+        # Not by `datasets`, which would turn the text "2021-01-01" into a date.
+        return read_json(Path(source))
+    from datasets import load_dataset  # takes a second to import
+    from datasets.exceptions import DatasetsError
+    from pyarrow.parquet import read_table
+
+    try:
+        if source.endswith(".parquet"):
+            return read_table(source).to_pylist()
+        return list(load_dataset(source, split=split))
+    except (OSError, ValueError, DatasetsError) as error:
+        stop(f"cannot read {source} (split {split}): {error}")
+
+
+def read_json(path: Path) -> list:
+    """The records of a file that has one on each line, or one JSON list of them."""
+    records = []
+    place = str(path)
+    try:
+        data = path.read_bytes()
+        if data.lstrip().startswith(b"["):
+            return json.loads(data)
+        for number, line in enumerate(data.splitlines(), 1):
+            place = f"{path}, line {number}"
+            if line.strip():
+                records.append(json.loads(line))
+    except (OSError, ValueError, RecursionError) as error:
+        stop(f"cannot read {place}: {error}")
+    return records
+
+
+def read_row(record, number: int, columns) -> dict:
+    """A row as `read_rows` returns it. ValueError says why a record is not valid."""
+    if not isinstance(record, dict):
+        raise ValueError("this is not an object with columns")
+    prompt = read_prompt(record)
+    texts = [last_text(record, column) for column in columns]
+    # JSON can spell half a character, "\ud83e", which no tokenizer takes.
+    if re.search(r"[\ud800-\udfff]", json.dumps([prompt, texts], ensure_ascii=False)):
+        raise ValueError("half a character (a lone surrogate) stands in a text")
+    digest = hashlib.sha256(json.dumps([prompt, texts]).encode()).hexdigest()
+    return {**record, "id": f"{number}-{digest[:8]}", "prompt": prompt, **dict(zip(columns, texts))}
+
+
+def read_prompt(record: dict) -> list[dict]:
+    """The prompt of a record as messages, or the turns that its two conversations share."""
+    prompt = record.get("prompt")
+    chosen = record.get("chosen")
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    if prompt is None and isinstance(chosen, list):
+        prompt = chosen[:-1]
+        rejected = record.get("rejected", chosen)
+        if not isinstance(rejected, list) or rejected[:-1] != prompt:
+            raise ValueError("chosen and rejected differ in more than their last turn")
+    if not isinstance(prompt, list) or not prompt:
+        raise ValueError(f"a prompt is needed, as text or messages; found {sorted(record)}")
+    for message in prompt:
+        message_text(message)
+    return prompt
+
+
+def last_text(record: dict, column: str) -> str:
+    """The text in a column of a record, or the last turn of the conversation in it."""
+    value = record.get(column)
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"a column {column} is needed, as text or chat; found {sorted(record)}")
+    return message_text(value[-1])
+
+
+def message_text(message) -> str:
+    """The content of a chat message, which has a role and a content, both text."""
+    if isinstance(message, dict):
+        role = message.get("role")
+        content = message.get("content")
+        if isinstance(role, str) and isinstance(content, str):
+            return content
+    raise ValueError(
+        f"this is not a message with a role and a content as text: {repr(message)[:100]}"
+    )
+
+
+def encode_rows(lm: LM, rows: list[dict], columns, args, label: str) -> list[Example]:
+    """Rows as token ids, with the responses in the columns: texts, or samples {"text", "finished"}.
+
+    What does not fit --max_prompt_tokens and --max_response_tokens is dropped and counted, never
+    cut, and the counts are printed after the label. One thing is cut: a sample that never ended.
+    The limit cut it when it was sampled, and does so again if its text happens to take more tokens.
+    The program ends if no row is left.
+    """
+    max_prompt_tokens = args.max_prompt_tokens
+    max_response_tokens = args.max_response_tokens
+    kept = []
+    dropped = Counter()
+    for row in rows:
+        with error_note(f"encoding row {row['id']} ({label})"):
+            prompt_ids, response_ids = lm.encode(row["prompt"], [row[column] for column in columns])
+        response_ids = [cut_unfinished(ids, lm, max_response_tokens) for ids in response_ids]
+        texts = [row[column] for column in columns if isinstance(row[column], str)]
+        texts.append("".join(message["content"] for message in row["prompt"]))
+        longest = max([len(ids) for ids in response_ids], default=0)
+        if not all(response_ids) or not all(text.strip() for text in texts):
+            dropped["empty prompt or response"] += 1
+        elif columns and "chosen" in row and row["chosen"] == row.get("rejected"):
+            dropped["chosen equals rejected"] += 1
+        elif len(prompt_ids) > max_prompt_tokens:
+            dropped[f"prompt over {max_prompt_tokens} tokens"] += 1
+        elif longest > max_response_tokens:
+            dropped[f"response over {max_response_tokens} tokens"] += 1
+        else:
+            kept.append(Example(row, prompt_ids, response_ids))
+
+    counts = f"{len(kept)} of {len(rows)} rows"
+    for reason, count in dropped.items():
+        counts += f", {count} dropped ({reason})"
+    if not kept:
+        stop(f"{label}: no row left: {counts}")
+    print(f"{label}: {counts}")
+    return kept
+
+
+def cut_unfinished(ids: list[int], lm: LM, limit: int) -> list[int]:
+    """A response that does not end with an end-of-sequence token, cut to the limit."""
+    if ids and ids[-1] in lm.eos_ids:
+        return ids
+    return ids[:limit]
+
+
+def load_reward_function(
+    spec: str, device: torch.device, trust_remote_code: bool = False, batch_size: int = 32
+):
+    """reward_fn(prompts, responses) -> list of floats, from `module:function` or a reward model.
+
+    A reward model is a sequence classifier in a folder or on the hub. Its score is read at the last
+    token of the response, whatever its padding token is. The program ends if a function does not
+    return one finite number for every response. An error inside a function keeps its traceback.
+    """
+    if ":" in spec and not Path(spec).exists():
+        score = load_function(spec)
+    else:
+        score = load_reward_model(spec, device, trust_remote_code, batch_size)
+
+    def reward_fn(prompts: list, responses: list[str]) -> list[float]:
+        with error_note(f"judging {len(responses)} responses with --reward {spec}"):
+            rewards = [float(reward) for reward in score(prompts, responses)]
+        if len(rewards) != len(responses) or not all(map(math.isfinite, rewards)):
+            wanted = f"{len(responses)} finite numbers"
+            stop(f"--reward {spec} must return {wanted}; it returned {str(rewards)[:100]}")
+        return rewards
+
+    return reward_fn
+
+
+def load_function(spec: str):
+    """The function that `module:function` names. A module that fails keeps its traceback."""
+    module_name, _, function_name = spec.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module exists, and one that it imports does not
+        stop(f"--reward {spec}: there is no module {error.name}")
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        stop(f"--reward {spec}: {module_name} has no function {function_name}")
+    return function
+
+
+def load_reward_model(spec: str, device: torch.device, trust_remote_code: bool, batch_size: int):
+    """The scores of a sequence classifier, as a function of prompts and responses."""
+    lm = LM(spec, device, trust_remote_code=trust_remote_code, is_reward_model=True)
+    lm.model.score.float()
+
     @torch.no_grad()
-    def judge(prompts, answers):
-        scores = list(function(prompts, answers)) if function else []
-        pairs = (
-            [] if function else [Example({}, *lm.encode(p, [a])) for p, a in zip(prompts, answers)]
-        )
-        for batch in (
-            pack(pairs[start : start + batch_size], lm)
-            for start in range(0, len(pairs), batch_size)
-        ):
-            scores += lm.model.score.float()(lm.hidden_states(batch)[batch.last].float())[
-                :, 0
-            ].tolist()
-        if len(scores) != len(answers) or not all(math.isfinite(score) for score in scores):
-            stop(
-                f"--reward {spec} must return {len(answers)} finite numbers; it returned {str(scores)[:100]}"
-            )
-        return [float(score) for score in scores]
+    def score(prompts: list[list[dict]], responses: list[str]) -> list[float]:
+        scores = []
+        for start in range(0, len(prompts), batch_size):
+            stop_at = start + batch_size
+            examples = []
+            for prompt, response in zip(prompts[start:stop_at], responses[start:stop_at]):
+                examples.append(Example({}, *lm.encode(prompt, [response])))
+            batch = pack(examples, lm)
+            hidden = lm.hidden_states(batch)[batch.last_index]  # [R, H]
+            scores += lm.model.score(hidden.float())[:, 0].tolist()
+        return scores
 
-    return judge
+    return score
 
 
-def stage(path: Path, rows: list[dict], produce, size: int) -> list[dict]:
-    """Completes a JSONL of {"id", "prompt", **produce(some rows, number)[i]} for all rows, `size` rows at a time, and
-    returns it in the rows' order. What a killed run left is kept, but for a half-written line. Rows are matched by id
-    and prompt, so a file made by another program serves as well; one of other rows is refused."""
-    written = path.read_bytes() if path.exists() else b""
-    written = written[
-        : written.rfind(b"\n") + 1
-    ]  # behind the last line break: a line that a kill cut
+# ------------------------------------------------------------------------------------- part 4: runs
+# What torch, pickle and load_state_dict raise for a file that is cut, spoilt or of another model.
+SPOILT_FILE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+AT_LEAST_1 = ["max_prompt_tokens", "max_response_tokens", "num_epochs", "batch_size"]
+AT_LEAST_1 += ["micro_batch_size", "logits_chunk", "log_every", "eval_every", "save_every"]
+AT_LEAST_1 += ["eval_prompts", "sample_batch_size"]
+AT_LEAST_0 = ["seed", "max_steps", "learning_rate", "warmup_ratio", "weight_decay"]
+AT_LEAST_0 += ["max_grad_norm", "eval_temperature"]
+
+
+@contextmanager
+def exit_in_one_line(args):
+    """Ctrl-C and a full disk end the program with one line that says how to go on. Every other
+    error keeps its traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        folder = Path(args.resume or args.output_dir or "nowhere")
+        if (folder / "args.json").exists():
+            advice = f"finished stages and checkpoints are kept: go on with --resume {folder}"
+        else:
+            advice = "nothing was written yet"
+        tqdm.write(f"interrupted; {advice}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        folder = args.resume or args.output_dir
+        stop(f"{error}; finished stages are kept: --resume {folder} when there is room")
+
+
+def check_flags(args, at_least_0: list[str]):
+    """Ends the program if a number makes no sense, or if the package for --track is missing.
+
+    `at_least_0` names the flags of the method that must be numbers of at least 0. The numbers that
+    all scripts have are checked as well.
+    """
+    minimum = dict.fromkeys(AT_LEAST_0 + at_least_0, 0) | dict.fromkeys(AT_LEAST_1, 1)
+    for name, least in minimum.items():
+        value = getattr(args, name)
+        if not least <= value < math.inf:  # NaN is refused as well
+            stop(f"--{name} {value} must be a number of at least {least}")
+    packages = {"none": [], "tensorboard": ["tensorboard"], "wandb": ["wandb", "tensorboard"]}
+    for package in packages[args.track]:
+        if importlib.util.find_spec(package) is None:
+            stop(f"--track {args.track} needs a package: pip install {package}")
+
+
+def open_run(args, script: str):
+    """(args, folder) of a new run, or of the run that --resume names, with the flags it began with.
+
+    The folder is made later, by `save_flags`: a run that cannot load its models leaves nothing
+    behind. A run that is finished stays as it is, and the program ends.
+    """
+    if not args.resume:
+        args.output_dir = args.output_dir or f"runs/{script}__{args.seed}__{int(time.time())}"
+        folder = Path(args.output_dir)
+        if folder.is_file():
+            stop(f"--output_dir {folder}: Not a directory")
+        if folder.exists() and any(folder.iterdir()):
+            stop(f"{folder} is not empty; --resume it, remove it, or take another --output_dir")
+        return args, folder
+
+    folder = Path(args.resume)
+    if args != type(args)(resume=args.resume):
+        stop(f"--resume {folder} takes the flags that the run began with, and no other flag")
+    try:
+        saved_args = type(args)(**json.loads((folder / "args.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        stop(f"cannot resume {folder}: {error}")
+    if (folder / "summary.json").exists():
+        print(f"{folder} is finished, nothing is changed; its results are in summary.json")
+        raise SystemExit(0)
+    return saved_args, folder
+
+
+def save_flags(run_dir: Path, args):
+    """Makes the run folder and writes args.json."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        partial_path = run_dir / "args.json.partial"
+        partial_path.write_text(json.dumps(asdict(args), indent=1))
+        partial_path.replace(run_dir / "args.json")
+    except OSError as error:
+        stop(f"cannot write to {run_dir}: {error}")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that --device names, or a GPU where there is one. It is tried out at once."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name or default).device
+    except (RuntimeError, AssertionError) as error:
+        stop(f"cannot use --device {name}: {error}")
+
+
+def cached_map(path: Path, rows: list[dict], function, batch_size: int, seed: int | None = None):
+    """function(some rows) for all rows: one dict per row, in order, kept in the JSONL at `path`.
+
+    A run that was killed finds what was made before and goes on. Rows are matched by id and prompt,
+    so a file of another program serves as well. A file that was made from other rows is refused.
+    With a seed it calls function(some rows, seed + the index of the first of them), so that every
+    batch has a seed of its own, which does not depend on interruptions. Example, with a function
+    respond(rows, seed) that returns [{"text": ...}, ...]:
+
+        answers = cached_map(run_dir / "answers.jsonl", rows, respond, 256, args.seed)
+    """
+    done = {}
+    complete = b""
+    if path.exists():
+        complete = path.read_bytes()
+        complete = complete[: complete.rfind(b"\n") + 1]  # without a line that a kill cut
     prompts = {row["id"]: row["prompt"] for row in rows}
-    with clearly(f"go on with {path}; remove it to make it anew"):
-        done = {row["id"]: row for row in map(json.loads, written.splitlines())}
-        assert all(prompts[id] == row["prompt"] for id, row in done.items()), (
-            "it was made from other data"
-        )
-    with path.open("a") as file:
-        file.truncate(len(written))
-        for start in tqdm(
-            range(0, len(rows), size), desc=path.stem, disable=len(done) == len(rows)
-        ):
-            some = rows[start : start + size]
-            if any(row["id"] not in done for row in some):
-                for row, made in zip(some, produce(some, start), strict=True):
+    try:
+        for line in complete.splitlines():
+            row = json.loads(line)
+            if prompts.get(row["id"]) != row["prompt"]:
+                raise ValueError("it was made from other data")
+            done[row["id"]] = row
+    except (ValueError, KeyError, TypeError) as error:
+        stop(f"cannot go on with {path}: {error}; remove it to make it again")
+
+    if len(done) == len(rows):
+        return [done[row["id"]] for row in rows]
+
+    with tqdm(total=len(rows), desc=path.stem) as progress, path.open("ab") as file:
+        file.truncate(len(complete))
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            if not all(row["id"] in done for row in batch):
+                with error_note(f"making rows {start} to {start + len(batch) - 1} of {path}"):
+                    results = function(batch) if seed is None else function(batch, seed + start)
+                for row, result in zip(batch, results, strict=True):
                     if row["id"] not in done:
-                        done[row["id"]] = {"id": row["id"], "prompt": row["prompt"], **made}
-                        file.write(json.dumps(done[row["id"]]) + "\n")
+                        done[row["id"]] = {"id": row["id"], "prompt": row["prompt"], **result}
+                        file.write(json.dumps(done[row["id"]]).encode() + b"\n")
                 file.flush()
+            progress.update(len(batch))
     return [done[row["id"]] for row in rows]
 
 
-def save_checkpoint(path: Path, step: int, **parts):
-    """Writes the state_dicts of `parts` (model, optimizer, scheduler) and the step: wholly or not at all."""
-    with clearly(f"write {path}.partial"):  # on a full disk torch raises errors of its own
-        torch.save(
-            {"step": step, **{name: part.state_dict() for name, part in parts.items()}},
-            f"{path}.partial",
-        )
-    Path(f"{path}.partial").replace(path)
+class Metrics:
+    """metrics.jsonl of a run, one line per logged step, and the same for TensorBoard or wandb."""
+
+    def __init__(self, run_dir: Path, args, first_step: int):
+        self.path = run_dir / "metrics.jsonl"
+        self.writer = None
+        # A resumed run repeats the steps after its checkpoint, so their lines are removed.
+        kept = ""
+        if first_step:
+            for line in self.path.read_text().splitlines(keepends=True):
+                if line.endswith("\n") and json.loads(line)["step"] <= first_step:
+                    kept += line
+        self.path.write_text(kept)
+        if args.track == "wandb":
+            import wandb
+
+            wandb.init(
+                project="prefdistill", name=run_dir.name, config=asdict(args), sync_tensorboard=True
+            )
+        if args.track != "none":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(run_dir))
+
+    def log(self, step: int, values: dict[str, float]):
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()
 
 
-def load_checkpoint(path: Path, **parts) -> int:
-    """Restores what `save_checkpoint` wrote and returns its step; 0 when there is nothing yet."""
-    with clearly(f"go on from {path}; remove it to train from the start"):
-        state = (
-            torch.load(path, map_location="cpu", weights_only=True)
-            if path.exists()
-            else {"step": 0}
-        )
-        for name in parts.keys() & state.keys():
-            parts[name].load_state_dict(state[name])
+def save_checkpoint(path: Path, step: int, counts: dict, **parts):
+    """Writes the step, the counts of the run so far (tokens, seconds) and the state_dict of every
+    part (model, optimizer, scheduler): wholly or not at all."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    partial_path = path.with_suffix(".pt.partial")
+    try:
+        torch.save({"step": step, "counts": counts, **states}, partial_path)
+    except (OSError, RuntimeError) as error:  # what torch raises when the disk is full
+        stop(f"cannot write {partial_path}: {error}; the checkpoint before it is kept")
+    partial_path.replace(path)
+
+
+def load_checkpoint(path: Path, counts: dict, **parts) -> int:
+    """Restores what `save_checkpoint` wrote and returns its step, or 0 if there is none yet."""
+    if not path.exists():
+        return 0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except SPOILT_FILE as error:
+        stop(f"cannot read {path}: {error}; remove it to train from the start")
+    counts.update(state["counts"])
     return state["step"]
+
+
+def step_examples(examples: list, step: int, batch_size: int, seed: int) -> list:
+    """The examples of an optimiser step. Every epoch has an order of its own, which depends on
+    nothing but the seed, so a resumed run sees what it would have seen."""
+    steps_per_epoch = math.ceil(len(examples) / batch_size)
+    epoch, step_of_epoch = divmod(step, steps_per_epoch)
+    generator = torch.Generator().manual_seed(seed + epoch)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    start = step_of_epoch * batch_size
+    return [examples[i] for i in order[start : start + batch_size]]
+
+
+def mean_reward(evaluated: list[dict]) -> float:
+    return statistics.mean(response["reward"] for response in evaluated)
+
+
+def standard_error(values: list[float]) -> float:
+    return statistics.pstdev(values) / len(values) ** 0.5
+
+
+def compare_rewards(before: list[dict], after: list[dict], teacher: list[dict]) -> dict:
+    """The mean rewards of three evaluations, and how often the trained student beats itself before
+    training: the mean over prompts of 1 for a higher reward, ½ for an equal one, 0 for a lower one.
+    """
+    wins = []
+    for old, new in zip(before, after, strict=True):
+        if new["reward"] == old["reward"]:
+            wins.append(0.5)
+        else:
+            wins.append(float(new["reward"] > old["reward"]))
+    return {
+        "reward_before": mean_reward(before),
+        "reward_after": mean_reward(after),
+        "reward_teacher": mean_reward(teacher),
+        "win_rate": statistics.mean(wins),
+        "win_rate_stderr": standard_error(wins),
+    }
+
+
+def save_model(lm: LM, folder: Path):
+    """Writes model and tokenizer as an ordinary Hugging Face folder."""
+    try:
+        lm.model.save_pretrained(folder)
+        lm.tokenizer.save_pretrained(folder)
+    except SafetensorError as error:  # what safetensors raises when the disk is full
+        stop(f"cannot write {folder}: {error}")
+
+
+def save_summary(run_dir: Path, results: dict, counts: dict, args):
+    """Writes summary.json, the sign of a finished run: results, speed, seed, device, versions."""
+    summary = {**results, "tokens_per_second": counts["tokens"] / max(counts["seconds"], 1e-9)}
+    if torch.cuda.is_available():
+        summary["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    summary["seed"] = args.seed
+    summary["device"] = str(choose_device(args.device))
+    for package in ("torch", "transformers", "datasets", "tyro"):
+        summary[package] = importlib.metadata.version(package)
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
+
+
+def print_samples(samples: dict[str, list[dict]], count: int = 4):
+    """Shows responses to the first held-out prompts, from {"before": rows, "after": rows, ...}."""
+    for rows in list(zip(*samples.values()))[:count]:
+        print(f"\n{prompt_text(rows[0]['prompt'])}")
+        for name, row in zip(samples, rows):
+            print(f"  {name:<8}{row['reward']:6.2f}   {row['text']}")
+
+
+def print_summary(run_dir: Path, results: dict):
+    print()
+    for name, value in results.items():
+        print(f"{name:<20}{value:10.4g}")
+    print(f"everything is in {run_dir}, the model in {run_dir / 'model'}")

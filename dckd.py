@@ -1,33 +1,37 @@
-"""DCKD: Dual-Constrained Knowledge Distillation (Gao et al., ICLR 2025, arXiv 2502.17927).
+r"""DCKD: Dual-Constrained Knowledge Distillation (Gao et al., ICLR 2025, arXiv 2502.17927).
 
-The student π_θ imitates an aligned teacher's next-token distributions on both answers of a preference pair, the chosen
-y_w and the rejected y_l, and learns the chosen one (forward KL, full vocabulary, temperature 1):
+The student π_θ imitates an aligned teacher π_T on both responses of a preference pair, the chosen
+y_w and the rejected y_l, and is fine-tuned on the chosen one. At every token it is pulled to the
+teacher's whole next-token distribution, by a forward KL at temperature 1. With s_t = (x, y_<t),
 
-    L = −(1/|y_w|) Σ_t log π_θ(y_w,t|s_t) + Σ_{y in (y_w, y_l)} (α_y/|y|) Σ_t KL( π_teacher(·|s_t) ‖ π_θ(·|s_t) ).
+    L = −(1/|y_w|) Σ_t log π_θ(y_w,t|s_t) + (α_w/|y_w|) Σ_t KL( π_T(·|s_t) ‖ π_θ(·|s_t) )   on y_w
+                                          + (α_l/|y_l|) Σ_t KL( π_T(·|s_t) ‖ π_θ(·|s_t) )   on y_l.
 
-α_l = 0 is vanilla knowledge distillation, α_w = α_l = 0 is SFT on the chosen answers: `--kl_rejected 0 --kl_chosen 0`.
+|y| counts the end-of-sequence token. L is averaged over the pairs of a step. α_l = 0 is vanilla
+knowledge distillation. α_w = α_l = 0 is SFT on the chosen responses.
 
-Stages: (1) training; (2) evaluation. ADPA+ starts from the result: `python adpa.py --student runs/<this run>/model`.
-Simplified: one GPU; the teacher is scored live. The paper's code distils its 50 likeliest tokens and a bin for all
-others (`--top_k 50`), and never the end-of-turn token: docs/dckd.md lists all departures.
+Stages: (1) training; (2) evaluation. ADPA+ starts from the result:
+`python adpa.py --student runs/<this run>/model`. Simplified: one GPU, and the teacher runs in every
+step. The paper's code distils its 50 likeliest tokens and a bin for all others (`--top_k 50`), and
+never the end-of-turn token: docs/dckd.md lists all departures.
 
-    python dckd.py                                          # the playground: a CPU, less than a minute
-    python dckd.py --student allenai/OLMo-2-0425-1B-SFT --teacher allenai/OLMo-2-1124-7B-DPO --learning_rate 5e-7 \\
-        --data argilla/dpo-mix-7k --eval_data argilla/dpo-mix-7k --max_prompt_tokens 1024 --max_response_tokens 1024 \\
-        --num_epochs 3 --batch_size 128 --micro_batch_size 4 --reward <reward model>                  # one GPU
+    python dckd.py                                  # the playground: a CPU, less than a minute
+    python dckd.py --student allenai/OLMo-2-0425-1B-SFT --teacher allenai/OLMo-2-1124-7B-DPO \
+        --data argilla/dpo-mix-7k --eval_data argilla/dpo-mix-7k --learning_rate 5e-7 \
+        --num_epochs 3 --batch_size 128 --micro_batch_size 4 --max_prompt_tokens 1024 \
+        --max_response_tokens 1024 --reward <reward model>                          # one GPU
+
+Read part 2 of common.py for `pack` and `per_token`. `pack` lists the response tokens alone, each
+with the position before it, which predicts it. So no prompt token reaches a loss, and the shift is
+done. Frozen models run without gradient. What is sampled or scored goes through `cached_map` (part
+4), which calls function(rows, seed) and returns the rows with the results. Shapes: B examples, N
+response tokens, V vocabulary.
 """
 
-import importlib.metadata
-import json
 import math
-import resource
-import shutil
-import statistics
 import time
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -37,360 +41,331 @@ from transformers import get_cosine_schedule_with_warmup
 
 from common import (
     LM,
-    clearly,
+    Example,
+    Metrics,
+    cached_map,
+    check_flags,
+    choose_device,
+    compare_rewards,
+    encode_rows,
+    exit_in_one_line,
     load_checkpoint,
-    load_reward,
-    make_examples,
+    load_reward_function,
+    mean_per_response,
+    mean_reward,
+    open_run,
     pack,
     per_token,
+    print_samples,
+    print_summary,
     read_rows,
-    response_means,
     save_checkpoint,
-    shared_vocab,
-    stage,
+    save_flags,
+    save_model,
+    save_summary,
+    shared_vocab_size,
+    step_examples,
     stop,
-    target_logps,
+    token_logps,
+    weighted,
 )
+
+
+# -------------------------------------------------------------------------------------- mathematics
+def forward_kl(
+    teacher_log_probs: torch.Tensor, student_log_probs: torch.Tensor, top_k: int = 0
+) -> torch.Tensor:
+    """[N]: KL(π_T(·|s) ‖ π_θ(·|s)) = Σ_a π_T(a|s) log [π_T(a|s) / π_θ(a|s)], from [N, V] twice.
+
+    With `top_k` it is taken over k + 1 events: the teacher's k likeliest tokens, and any other.
+
+    Example: π_T = (3/4, 1/4) and π_θ = (1/2, 1/2) give ¾ log 1.5 + ¼ log 0.5 = 0.131.
+    """
+    if 0 < top_k < teacher_log_probs.shape[-1]:
+        likeliest = teacher_log_probs.topk(top_k).indices  # [N, k]
+        teacher_log_probs = with_rest(teacher_log_probs.gather(-1, likeliest))
+        student_log_probs = with_rest(student_log_probs.gather(-1, likeliest))
+    # The teacher's probabilities are constants. If the arguments changed places, the gradient would
+    # run through them, and a token that is excluded would make it NaN.
+    probs = teacher_log_probs.exp()
+    summands = probs * (teacher_log_probs - student_log_probs)
+    # p log p is 0 at p = 0. Computed, it is NaN.
+    return summands.masked_fill(probs == 0, 0.0).sum(-1)
+
+
+def with_rest(log_probs: torch.Tensor) -> torch.Tensor:
+    """[N, k + 1] from [N, k]: appends the log-prob of all other tokens, log(1 − Σ_k p_k).
+
+    The rest is at least the float's eps, so that its logarithm is finite where the sum rounds to 1.
+    There it has no gradient.
+    """
+    rest = 1 - log_probs.exp().sum(-1, keepdim=True)
+    rest = rest.clamp(min=torch.finfo(log_probs.dtype).eps)
+    return torch.cat([log_probs, rest.log()], dim=-1)
 
 
 @dataclass
 class Args:
+    # method
+    kl_chosen: float = 0.1
+    """α_w, weight of the KL on y_w (released code: 0.1; the paper's sweep is best at 0.2)"""
+    kl_rejected: float = 0.1
+    """α_l, weight of the KL on y_l (released code: 0.1; the paper's sweep is best at 0.2)"""
+    top_k: int = 0
+    """KL over the teacher's k likeliest tokens and one bin for all others (released code: 50); 0
+    takes all tokens"""
+
+    # optimisation
+    learning_rate: float = 1e-3
+    """of AdamW (playground; the paper and its code: 5e-7)"""
+    num_epochs: int = 4
+    """passes over the data"""
+    max_steps: int = 0
+    """optimiser steps; if not 0, it takes the place of --num_epochs"""
+    batch_size: int = 32
+    """examples of an optimiser step"""
+    micro_batch_size: int = 32
+    """examples of a forward pass; it changes memory, not the result"""
+    logits_chunk: int = 1024
+    """response tokens whose logits are in memory at a time"""
+    gradient_checkpointing: bool = False
+    """compute the student's activations again in the backward pass, to save memory"""
+    warmup_ratio: float = 0.1
+    """share of the steps in which the learning rate rises; after that a cosine brings it to 0"""
+    weight_decay: float = 0.0
+    """of AdamW"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    seed: int = 1
+    """seed of the data's order and of sampling"""
+
+    # models and data
     student: str = "playground/student"
     """model to train: a hub id or a folder"""
     teacher: str = "playground/teacher"
     """frozen teacher: a hub id or a folder"""
     data: str = "playground/data/train.jsonl"
-    """preference pairs: a .jsonl, .json or .parquet file, a folder or a hub id"""
+    """training rows: a .jsonl, .json or .parquet file, a folder or a hub id"""
     data_split: str = "train"
-    """split of --data where it has several"""
-    eval_data: str = "playground/data/test.jsonl"
-    """held-out rows, of which only the prompts are used"""
-    eval_split: str = "test"
-    """split of --eval_data where it has several"""
-    reward: str = "playground.world:reward"
-    """judge of answers: module:function as in TRL (your own code is executed), or a reward model"""
-    output_dir: str = ""
-    """folder of this run (default: runs/<script>__<seed>__<time>)"""
-    resume: str = ""
-    """folder of a run that was interrupted; it goes on with the flags it had"""
-    overwrite: bool = False
-    """replace the run that --output_dir holds"""
-    seed: int = 1
-    """seed of data order and sampling"""
-    device: str = ""
-    """cpu, cuda, cuda:1, ... (default: cuda where there is one)"""
-    trust_remote_code: bool = False
-    """run code that comes with a hub model"""
-    track: Literal["none", "tensorboard", "wandb"] = "none"
-    """where metrics go besides metrics.jsonl"""
+    """split of --data, where it has several"""
     max_prompt_tokens: int = 512
     """rows with longer prompts are dropped and counted"""
     max_response_tokens: int = 256
-    """rows with longer answers are dropped and counted; sampling stops there"""
-    num_epochs: int = 4
-    """passes over the data"""
-    max_steps: int = 0
-    """optimiser steps, if not 0, in place of --num_epochs"""
-    batch_size: int = 32
-    """examples of an optimiser step"""
-    micro_batch_size: int = 32
-    """examples of a forward pass: a matter of memory, not of the result"""
-    logits_chunk: int = 1024
-    """response tokens whose logits are alive at a time"""
-    gradient_checkpointing: bool = False
-    """recompute the student's activations in the backward pass to save memory"""
-    warmup_ratio: float = 0.1
-    """share of the steps in which the learning rate rises; a cosine brings it to 0 after that"""
-    weight_decay: float = 0.0
-    """of AdamW"""
-    max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
-    log_every: int = 10
-    """optimiser steps between rows of metrics.jsonl"""
+    """rows with longer responses are dropped and counted; sampling stops there"""
+    sample_batch_size: int = 256
+    """responses sampled at a time"""
+    device: str = ""
+    """cpu, cuda, cuda:1, ... (a GPU where there is one, if empty)"""
+    trust_remote_code: bool = False
+    """run code that comes with a hub model"""
+
+    # evaluation and output
+    eval_data: str = "playground/data/test.jsonl"
+    """held-out rows, of which only the prompts are used"""
+    eval_split: str = "test"
+    """split of --eval_data, where it has several"""
+    reward: str = "playground.world:reward"
+    """what gives a response its reward: module:function (which is executed) or a reward model"""
+    eval_prompts: int = 256
+    """held-out prompts of an evaluation, with one response each"""
+    eval_temperature: float = 1.0
+    """temperature of these responses; 0 is greedy"""
     eval_every: int = 50
-    """optimiser steps between evaluations on held-out prompts"""
+    """optimiser steps between evaluations"""
+    log_every: int = 10
+    """optimiser steps between lines of metrics.jsonl"""
     save_every: int = 50
     """optimiser steps between checkpoints"""
-    eval_prompts: int = 256
-    """held-out prompts per evaluation, one answer each"""
-    eval_temperature: float = 1.0
-    """temperature of the evaluation's answers; 0 is greedy"""
-    sample_batch_size: int = 256
-    """answers sampled at a time"""
-
-    # method
-    learning_rate: float = 1e-3
-    """of AdamW (playground; the paper and its code: 5e-7)"""
-    kl_chosen: float = 0.1
-    """α_w, weight of the KL on the chosen answer (released code: 0.1; the paper's sweep is best at 0.2)"""
-    kl_rejected: float = 0.1
-    """α_l, weight of the KL on the rejected answer (released code: 0.1; the paper's sweep is best at 0.2)"""
-    top_k: int = 0
-    """KL over the teacher's k likeliest tokens and one bin for all others (released code: 50); 0 takes all tokens"""
+    output_dir: str = ""
+    """folder of this run (runs/<script>__<seed>__<time>, if empty)"""
+    resume: str = ""
+    """folder of a run that was interrupted; it goes on with the flags it had"""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """where metrics go besides metrics.jsonl"""
 
 
-# ------------------------------------------------------------------------------------------------------- mathematics
-def forward_kl(
-    teacher_log_probs: torch.Tensor, student_log_probs: torch.Tensor, top_k: int = 0
-) -> torch.Tensor:
-    """[N]: KL(π_teacher(·|s) ‖ π_θ(·|s)) of every state, from [N, V] and [N, V]. With `top_k` it is taken over k + 1
-    events: the teacher's k likeliest tokens, and any other."""
-    if 0 < top_k < teacher_log_probs.shape[-1]:
-        likeliest = teacher_log_probs.topk(top_k).indices  # [N, k]
-        teacher_log_probs = with_rest(teacher_log_probs.gather(-1, likeliest))
-        student_log_probs = with_rest(student_log_probs.gather(-1, likeliest))
-    probs = teacher_log_probs.exp()
-    terms = probs * (teacher_log_probs - student_log_probs)
-    return terms.masked_fill(probs == 0, 0.0).sum(-1)  # p log p is 0 at p = 0; computed it is NaN
+# --------------------------------------------------------------------------------------- terms of L
+def dckd_terms(
+    examples: list[Example], student: LM, teacher: LM, vocab_size: int, args: Args
+) -> dict[str, torch.Tensor]:
+    """The three terms of L before their weights, each [B]. All of them should fall.
+
+    An example's responses are [y_w, y_l].
+    """
+    batch = pack(examples, student, teacher)
+    student_hidden = student.hidden_states(batch)[batch.predict_index]  # [N, H]
+    teacher_hidden = teacher.hidden_states(batch)[batch.predict_index]  # [N, H]
+
+    def score_tokens(target_ids, student_log_probs, teacher_log_probs):
+        logps = token_logps(target_ids, student_log_probs)  # [N]
+        kl = forward_kl(teacher_log_probs, student_log_probs, args.top_k)  # [N]
+        return logps, kl
+
+    logps, kl = per_token(
+        score_tokens,
+        batch.target_ids,
+        [student, teacher],
+        [student_hidden, teacher_hidden],
+        vocab_size=vocab_size,
+        chunk_size=args.logits_chunk,
+    )
+    # −(1/|y|) Σ_t log π_θ(y_t|s_t), of which L takes y_w
+    nll = -mean_per_response(logps, batch).view(len(examples), 2)  # [B, 2]
+    # (1/|y|) Σ_t KL( π_T(·|s_t) ‖ π_θ(·|s_t) ) on y_w and on y_l
+    kl = mean_per_response(kl, batch).view(len(examples), 2)  # [B, 2]
+    return {"sft": nll[:, 0], "kl_chosen": kl[:, 0], "kl_rejected": kl[:, 1]}
 
 
-def with_rest(log_probs: torch.Tensor) -> torch.Tensor:
-    """[N, k + 1] from [N, k]: appends the log-prob of all other tokens, log(1 − Σ_k p_k). A sum that rounds to 1 leaves
-    the smallest step below 1 instead of nothing, whose logarithm would be −inf."""
-    rest = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(log_probs.dtype).eps)
-    return torch.cat([log_probs, rest.log()], dim=-1)
+# --------------------------------------------------------------- models, sampling and evaluation
+def load_models(args: Args, device: torch.device) -> tuple[LM, LM]:
+    """The student and the teacher."""
+    student = LM(
+        args.student,
+        device,
+        trainable=True,
+        gradient_checkpointing=args.gradient_checkpointing,
+        trust_remote_code=args.trust_remote_code,
+    )
+    teacher = LM(args.teacher, device, trust_remote_code=args.trust_remote_code)
+    return student, teacher
 
 
-# ------------------------------------------------------------------------------------------------------------- main
+def respond(rows: list[dict], seed: int, lm: LM, temperature: float, args: Args) -> list[dict]:
+    """One response {"text", "finished"} of `lm` to the prompt of every row."""
+    samples = lm.sample(
+        [lm.prompt_ids(row["prompt"]) for row in rows],
+        temperature=temperature,
+        max_new_tokens=args.max_response_tokens,
+        batch_size=args.sample_batch_size,
+        seed=seed,
+    )
+    return [responses[0] for responses in samples]
+
+
+def evaluate(rows: list[dict], seed: int, lm: LM, reward_fn, args: Args) -> list[dict]:
+    """One response of `lm` to the prompt of every row, with its "reward"."""
+    responses = respond(rows, seed, lm, args.eval_temperature, args)
+    prompts = [row["prompt"] for row in rows]
+    rewards = reward_fn(prompts, [response["text"] for response in responses])
+    return [{**response, "reward": reward} for response, reward in zip(responses, rewards)]
+
+
+# --------------------------------------------------------------------------------------------- main
 def main(args: Args):
-    # ----------------------------------------------------------------------------------------------- the run folder
-    for name, value in vars(args).items():
-        least = (
-            1
-            if name.endswith(("_size", "_epochs", "_every", "_tokens", "_prompts", "_chunk"))
-            else 0
-        )
-        if type(value) in (int, float) and not least <= value < math.inf:
-            stop(f"--{name} {value} must be a number of at least {least}")
     started = time.time()
-    run = Path(args.resume or args.output_dir or f"runs/dckd__{args.seed}__{int(started)}")
-    if args.resume:  # a run goes on with the flags it began with
-        if args != Args(resume=args.resume) or not (run / "args.json").exists():
-            stop(
-                f"--resume {run} takes the folder of a run, which holds all flags, and no other flag"
-            )
-        with clearly(f"resume {run}"):
-            args = Args(**{**json.loads((run / "args.json").read_text()), "overwrite": False})
-    elif (
-        run.exists()
-        and any(run.iterdir())
-        and not (args.overwrite and (run / "args.json").exists())
-    ):
-        stop(
-            f"{run} is not empty; --resume the run in it, --overwrite it, or choose another --output_dir"
+    args, run_dir = open_run(args, "dckd")
+    check_flags(args, at_least_0=["kl_chosen", "kl_rejected", "top_k"])
+
+    # ------------------------------------------------------------------------------ models and data
+    device = choose_device(args.device)
+    student, teacher = load_models(args, device)
+    vocab_size = shared_vocab_size(student, teacher)
+    reward_fn = load_reward_function(args.reward, device, args.trust_remote_code)
+    train_rows = read_rows(args.data, args.data_split)
+    eval_rows = read_rows(args.eval_data, args.eval_split, columns=())
+    examples = encode_rows(student, train_rows, ["chosen", "rejected"], args, "training pairs")
+    held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")
+    eval_rows = [example.row for example in held_out[: args.eval_prompts]]
+    save_flags(run_dir, args)
+
+    # ------------------------------------------------------------------------ evaluation at step 0
+    # It comes before a checkpoint is read, so that "before" is the untrained student in every run.
+    def evaluate_once(lm: LM, name: str) -> list[dict]:
+        """Evaluates a model and keeps the responses in eval_<name>.jsonl."""
+        return cached_map(
+            run_dir / f"eval_{name}.jsonl",
+            eval_rows,
+            partial(evaluate, lm=lm, reward_fn=reward_fn, args=args),
+            args.sample_batch_size,
+            args.seed,
         )
 
-    # ---------------------------------------------------------------------------------------------- models and data
-    with clearly(f"use --device {args.device}"):
-        device = torch.empty(
-            0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        ).device
-    student = LM(args.student, device, True, args.gradient_checkpointing, args.trust_remote_code)
-    teacher = LM(args.teacher, device, remote_code=args.trust_remote_code)
-    vocab_size = shared_vocab(student, teacher)
-    judge = load_reward(args.reward, device, args.trust_remote_code)
-    limits = args.max_prompt_tokens, args.max_response_tokens
-    examples = make_examples(
-        student, read_rows(args.data, args.data_split), ("chosen", "rejected"), *limits
-    )
-    held_out = make_examples(student, read_rows(args.eval_data, args.eval_split, ()), (), *limits)
-    held_out = [example.row for example in held_out[: args.eval_prompts]]
-    if args.overwrite:  # only now: a run that cannot start replaces nothing
-        shutil.rmtree(run, ignore_errors=True)
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "args.json").write_text(json.dumps(vars(args), indent=1))
+    eval_before = evaluate_once(student, "before")
+    eval_teacher = evaluate_once(teacher, "teacher")
 
-    # ----------------------------------------------------------------------------------------- sampling, evaluation
-    def answer(lm: LM, temperature: float, rows: list[dict], number: int) -> list[dict]:
-        """One answer {"text", "finished"} of `lm` to the prompt of every row; `number` is the first row's."""
-        prompts = [lm.encode(row["prompt"])[0] for row in rows]
-        how = {
-            "temperature": temperature,
-            "max_new_tokens": args.max_response_tokens,
-            "seed": args.seed + number,
-        }
-        return [
-            answers[0] for answers in lm.sample(prompts, batch_size=args.sample_batch_size, **how)
-        ]
-
-    def evaluate(lm: LM, rows: list[dict] = held_out, number: int = 0) -> list[dict]:
-        """The same on held-out prompts, with the judge's reward."""
-        answers = answer(lm, args.eval_temperature, rows, number)
-        rewards = judge([row["prompt"] for row in rows], [answer["text"] for answer in answers])
-        return [{**answer, "reward": reward} for answer, reward in zip(answers, rewards)]
-
-    def mean_reward(answers: list[dict]) -> float:
-        return statistics.mean(answer["reward"] for answer in answers)
-
-    before = stage(
-        run / "eval_before.jsonl", held_out, partial(evaluate, student), args.sample_batch_size
-    )
-    aligned = stage(
-        run / "eval_teacher.jsonl", held_out, partial(evaluate, teacher), args.sample_batch_size
-    )
-
-    # ---------------------------------------------------------------------------------------------------- optimiser
+    # ------------------------------------------------------------------------------------ optimiser
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     total_steps = args.max_steps or args.num_epochs * steps_per_epoch
     optimizer = torch.optim.AdamW(
         student.model.parameters(), args.learning_rate, weight_decay=args.weight_decay
     )
-    scheduler = get_cosine_schedule_with_warmup(
-        optimizer, math.ceil(args.warmup_ratio * total_steps), total_steps
-    )
-    parts = {"model": student.model, "optimizer": optimizer, "scheduler": scheduler}
-    first_step = load_checkpoint(run / "checkpoint.pt", **parts)
-    metrics = run / "metrics.jsonl"
-    logged = (
-        metrics.read_text().split("\n")[:-1] if first_step else []
-    )  # not what a kill left behind the last break
-    metrics.write_text(
-        "".join(line + "\n" for line in logged if json.loads(line)["step"] <= first_step)
-    )
-    if args.track == "wandb":
-        import wandb
+    warmup_steps = math.ceil(args.warmup_ratio * total_steps)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps)
+    state = {"model": student.model, "optimizer": optimizer, "scheduler": scheduler}
+    counts = {"tokens": 0, "seconds": 0.0}  # of training so far, kept in the checkpoint
+    first_step = load_checkpoint(run_dir / "checkpoint.pt", counts, **state)
+    metrics = Metrics(run_dir, args, first_step)
 
-        wandb.init(project="prefdistill", name=run.name, config=vars(args), sync_tensorboard=True)
-    if args.track != "none":
-        from torch.utils.tensorboard import SummaryWriter
-
-        tracker = SummaryWriter(str(run))
-
-    # ----------------------------------------------------------------------------------------------------- training
-    seconds, tokens = 0.0, 0
-    for step in tqdm(
-        range(first_step, total_steps), initial=first_step, total=total_steps, desc="training"
-    ):
-        tick, losses = time.time(), Counter()
-        epoch, place = divmod(step, steps_per_epoch)
-        order = torch.randperm(
-            len(examples), generator=torch.Generator().manual_seed(args.seed + epoch)
-        ).tolist()
-        drawn = [
-            examples[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]
-        ]
-        for start in range(0, len(drawn), args.micro_batch_size):
-            micro = drawn[start : start + args.micro_batch_size]
-            batch = pack(
-                micro, student, teacher
-            )  # two responses of every example: chosen, rejected
-            scored = [(lm, lm.hidden_states(batch)[batch.source]) for lm in (student, teacher)]
-            logps, kls = per_token(
-                lambda ids, ours, theirs: (
-                    target_logps(ids, ours),
-                    forward_kl(theirs, ours, args.top_k),
-                ),
-                *(batch.target_ids, scored, vocab_size, args.logits_chunk),
-            )
-            nll = -response_means(logps, batch.response_of, batch.lengths).view(-1, 2)  # [B, 2]
-            kl = response_means(kls, batch.response_of, batch.lengths).view(-1, 2)  # [B, 2]
-
-            terms = {"sft": nll[:, 0], "kl_chosen": kl[:, 0], "kl_rejected": kl[:, 1]}
-            terms = {name: term.sum() / len(drawn) for name, term in terms.items()}
-            loss = (
-                terms["sft"]
-                + args.kl_chosen * terms["kl_chosen"]
-                + args.kl_rejected * terms["kl_rejected"]
-            )
+    # ------------------------------------------------------------------------------------- training
+    steps = range(first_step, total_steps)
+    for step in tqdm(steps, initial=first_step, total=total_steps, desc="training"):
+        step_started = time.time()
+        step_batch = step_examples(examples, step, args.batch_size, args.seed)
+        losses = {"total": 0.0, "sft": 0.0, "kl_chosen": 0.0, "kl_rejected": 0.0}
+        for start in range(0, len(step_batch), args.micro_batch_size):
+            micro_batch = step_batch[start : start + args.micro_batch_size]
+            terms = dckd_terms(micro_batch, student, teacher, vocab_size, args)
+            # Divided by the examples of the whole step, so that the micro-batch size changes
+            # memory and nothing else.
+            sft = terms["sft"].sum() / len(step_batch)
+            kl_chosen = terms["kl_chosen"].sum() / len(step_batch)
+            kl_rejected = terms["kl_rejected"].sum() / len(step_batch)
+            loss = sft + weighted(args.kl_chosen, kl_chosen)
+            loss = loss + weighted(args.kl_rejected, kl_rejected)
             loss.backward()
-            losses.update(
-                {"total": loss.item(), **{name: term.item() for name, term in terms.items()}}
-            )
-            tokens += batch.target_ids.numel()
+            losses["total"] += loss.item()
+            losses["sft"] += sft.item()
+            losses["kl_chosen"] += kl_chosen.item()
+            losses["kl_rejected"] += kl_rejected.item()
 
-        # ------------------------------------------------------------------------------------------- optimiser step
         grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), args.max_grad_norm)
-        if not math.isfinite(losses["total"] + grad_norm):
-            ids, what = (
-                [example.row["id"] for example in drawn],
-                f"loss {losses['total']}, gradient norm {grad_norm}",
-            )
-            stop(f"{what} in step {step} on rows {ids}; {run} keeps the checkpoint before it")
+        if not math.isfinite(losses["total"]) or not math.isfinite(grad_norm):
+            row_ids = [example.row["id"] for example in step_batch]
+            numbers = f"loss {losses['total']}, gradient norm {grad_norm}"
+            stop(f"{numbers} in step {step} on rows {row_ids}")
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
+        for example in step_batch:
+            counts["tokens"] += sum(len(response) for response in example.response_ids)
+        counts["seconds"] += time.time() - step_started
 
-        # -------------------------------------------------------------------------------- log, evaluate, checkpoint
-        done, row = step + 1, {}
-        seconds += time.time() - tick
-        if done % args.log_every == 0 or done == total_steps:
-            row = {f"losses/{name}": value for name, value in losses.items()}
-            row |= {
-                "charts/learning_rate": scheduler.get_last_lr()[0],
-                "charts/grad_norm": grad_norm.item(),
-            }
-            row |= {
-                "charts/epoch": done / steps_per_epoch,
-                "charts/tokens_per_second": tokens / seconds,
-            }
-            row["charts/tokens"] = (
-                tokens / (done - first_step) * done
-            )  # of the whole run, also when it was resumed
-        if done % args.eval_every == 0 or done == total_steps:
-            row["eval/reward"] = mean_reward(evaluate(student))
-        if row:
-            with metrics.open("a") as file:
-                file.write(json.dumps({"step": done, **row}) + "\n")
-            for key, value in row.items() if args.track != "none" else ():
-                tracker.add_scalar(key, value, done)
-        if done % args.save_every == 0 or done == total_steps:
-            save_checkpoint(run / "checkpoint.pt", done, **parts)
+        # --------------------------------------------------------------- log, evaluate, checkpoint
+        done = step + 1
+        is_last = done == total_steps
+        values = {}
+        if done % args.log_every == 0 or is_last:
+            values["losses/total"] = losses["total"]
+            values["losses/sft"] = losses["sft"]
+            values["losses/kl_chosen"] = losses["kl_chosen"]
+            values["losses/kl_rejected"] = losses["kl_rejected"]
+            values["charts/learning_rate"] = scheduler.get_last_lr()[0]
+            values["charts/grad_norm"] = grad_norm.item()
+            values["charts/epoch"] = done / steps_per_epoch
+            values["charts/tokens"] = counts["tokens"]
+            values["charts/tokens_per_second"] = counts["tokens"] / counts["seconds"]
+        if is_last:
+            values["eval/reward"] = mean_reward(evaluate_once(student, "after"))
+        elif done % args.eval_every == 0:
+            values["eval/reward"] = mean_reward(
+                evaluate(eval_rows, args.seed, student, reward_fn, args)
+            )
+        if values:
+            metrics.log(done, values)
+        if done % args.save_every == 0 or is_last:
+            save_checkpoint(run_dir / "checkpoint.pt", done, counts, **state)
 
-    # ------------------------------------------------------------------------------------------------------ results
-    after = stage(
-        run / "eval_after.jsonl", held_out, partial(evaluate, student), args.sample_batch_size
-    )
-    with clearly(f"write {run / 'model'}"):
-        student.model.save_pretrained(run / "model")
-        student.tokenizer.save_pretrained(run / "model")
-    wins = [
-        (new["reward"] > old["reward"]) + (new["reward"] == old["reward"]) / 2
-        for new, old in zip(after, before)
-    ]
-    memory = (
-        torch.cuda.max_memory_allocated()
-        if device.type == "cuda"
-        else 1024 * resource.getrusage(0).ru_maxrss
-    )
-    summary = {
-        "reward_before": mean_reward(before),
-        "reward_after": mean_reward(after),
-        "reward_teacher": mean_reward(aligned),
-        "win_rate": statistics.mean(wins),
-        "win_rate_stderr": statistics.pstdev(wins) / len(wins) ** 0.5,
-        "seconds": time.time() - started,
-        "tokens_per_second": tokens / max(seconds, 1e-9),
-        "peak_memory_bytes": memory,
-        "seed": args.seed,
-        "device": str(device),
-        **{
-            name: importlib.metadata.version(name)
-            for name in ("torch", "transformers", "datasets", "tyro")
-        },
-    }
-    (run / "summary.json").write_text(json.dumps(summary, indent=1))
-    answers = [
-        {"before": old, "after": new, "teacher": best}
-        for old, new, best in zip(before, after, aligned)
-    ]
-    (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in answers))
-    for sample in answers[:4]:
-        print(f"\n{sample['before']['prompt'][-1]['content']}")
-        for name, said in sample.items():
-            print(f"  {name:<8}{said['reward']:6.2f}   {said['text']}")
-    print(
-        "\n"
-        + ", ".join(
-            f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float)
-        )
-    )
-    print(f"everything is in {run}, the model in {run / 'model'}")
+    # -------------------------------------------------------------------------------------- results
+    eval_after = evaluate_once(student, "after")
+    save_model(student, run_dir / "model")
+    results = compare_rewards(eval_before, eval_after, eval_teacher)
+    results["seconds"] = time.time() - started
+    save_summary(run_dir, results, counts, args)
+    print_samples({"before": eval_before, "after": eval_after, "teacher": eval_teacher})
+    print_summary(run_dir, results)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except OSError as error:  # a full disk, a folder without permission
-        stop(
-            f"{error}; complete stages and checkpoints are kept: --resume the run when this is mended"
-        )
+    args = tyro.cli(Args, description=__doc__)
+    with exit_in_one_line(args):
+        main(args)

@@ -1,32 +1,46 @@
-"""DPKD: Direct Preference Knowledge Distillation (Li et al., 2024, arXiv 2406.19774).
+r"""DPKD: Direct Preference Knowledge Distillation (Li et al., 2024, arXiv 2406.19774).
 
-The student q_θ learns to prefer the teacher's answer y_t over its own answer y_s to a prompt x. Its implicit reward is
-measured from the teacher p, which takes the place of DPO's reference (equation 9, Algorithm 1):
+The student q_θ learns to prefer the teacher's response y_t to a prompt x over its own response y_s.
+Its implicit reward is measured from the teacher p, which takes the place of DPO's reference
+(equation 9, Algorithm 1):
 
-    r(x, y) = (β/|y|) log [ q_θ(y|x) / p(y|x) ],    L = −log σ( r(x, y_t) − r(x, y_s) ) + λ L_LM.
+    r(x, y) = (β/|y|) log [ q_θ(y|x) / p(y|x) ]
+    L = −log σ( r(x, y_t) − r(x, y_s) ) + λ L_LM.
 
-y_t is sampled from p, once. y_s must come from the current student: then q_θ = p is a stationary point. With old y_s
-the loss falls for ever while y_s becomes impossible, and the mass goes to answers that are neither y_t nor y_s: the
-collapse (`--refresh_every 0` shows it). L_LM is the language-model loss on a text corpus (`--lm_data`).
+|y| counts the end-of-sequence token. L is averaged over the prompts of a step.
 
-Stages: (1) the teacher answers every prompt, `teacher_answers.jsonl`; (2) training; (3) evaluation. Simplified: one
-GPU, the teacher scored live, one sampling of y_s for some steps. The paper's code samples nothing: see docs/dpkd.md.
+Why a log-ratio is a reward: the optimal policy of a reward r that is penalised by β KL(q ‖ p) is
+p exp(r/β), times a factor that depends only on x. So a student q_θ stands for the reward
+β log [q_θ/p]. Without 1/|y| the factor cancels in the difference of two rewards. With it, it does
+so between responses of equal length. docs/dpkd.md has more.
 
-    python dpkd.py                                          # the playground: a CPU, less than a minute
-    python dpkd.py --student allenai/OLMo-2-0425-1B-SFT --teacher allenai/OLMo-2-1124-7B-DPO --learning_rate 1e-6 \\
-        --data argilla/dpo-mix-7k --eval_data argilla/dpo-mix-7k --max_prompt_tokens 1024 --max_response_tokens 1024 \\
-        --batch_size 128 --micro_batch_size 4 --sample_batch_size 64 --reward <reward model>          # one GPU
+y_t is sampled from p once. y_s must come from the current student (here it is at most 4 steps old):
+then q_θ = p is a stationary point of the expected loss. With old y_s the loss keeps falling as the
+probability of y_s goes to 0, and the mass goes to responses that are neither y_t nor y_s. That is
+the collapse, which `--refresh_every 0` shows. L_LM is the language-model loss on a text corpus.
+Without `--lm_data` it is left out. The released code has a cross-entropy on y_t in L, which
+`--sft_coef` adds.
+
+Stages: (1) the teacher answers every prompt once; (2) training, in which the student answers the
+prompts of some steps at a time; (3) evaluation. Simplified: one GPU, and the teacher runs in every
+step. The paper's code samples nothing in training: docs/dpkd.md lists all departures.
+
+    python dpkd.py                                  # the playground: a CPU, less than a minute
+    python dpkd.py --student allenai/OLMo-2-0425-1B-SFT --teacher allenai/OLMo-2-1124-7B-DPO \
+        --data argilla/dpo-mix-7k --eval_data argilla/dpo-mix-7k --learning_rate 1e-6 \
+        --batch_size 128 --micro_batch_size 4 --sample_batch_size 64 --max_prompt_tokens 1024 \
+        --max_response_tokens 1024 --reward <reward model>                          # one GPU
+
+Read part 2 of common.py for `pack` and `per_token`. `pack` lists the response tokens alone, each
+with the position before it, which predicts it. So no prompt token reaches a loss, and the shift is
+done. Frozen models run without gradient. What is sampled or scored goes through `cached_map` (part
+4), which calls function(rows, seed) and returns the rows with the results. Shapes: B examples, R =
+2·B responses (y_t and y_s of every example), N response tokens, V vocabulary.
 """
 
-import importlib.metadata
-import json
 import math
 import random
-import resource
-import shutil
-import statistics
 import time
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,484 +54,573 @@ from transformers import get_cosine_schedule_with_warmup
 
 from common import (
     LM,
+    Batch,
     Example,
-    clearly,
+    Metrics,
+    cached_map,
+    check_flags,
+    choose_device,
+    compare_rewards,
+    cut_unfinished,
+    encode_rows,
+    exit_in_one_line,
     load_checkpoint,
-    load_reward,
-    make_examples,
+    load_reward_function,
+    mean_per_response,
+    mean_reward,
+    open_run,
     pack,
     per_token,
+    print_samples,
+    print_summary,
+    read_records,
     read_rows,
-    response_means,
     save_checkpoint,
-    shared_vocab,
-    stage,
+    save_flags,
+    save_model,
+    save_summary,
+    shared_vocab_size,
+    step_examples,
     stop,
-    target_logps,
+    token_logps,
+    weighted,
 )
 
-WATCHED = ("eval/logp_teacher_answers", "eval/logp_student_answers")
-COLLAPSE = 1.0  # nats per token: when the second falls by more and the first falls too, third answers took the mass
+
+# -------------------------------------------------------------------------------------- mathematics
+def implicit_rewards(
+    student_logps: torch.Tensor,
+    teacher_logps: torch.Tensor,
+    batch: Batch,
+    *,
+    beta: float,
+    length_normalize: bool,
+) -> torch.Tensor:
+    """[R]: r(x, y) = (β/|y|) log [ q_θ(y|x) / p(y|x) ] of every response (equation 9), from the
+    log-probs [N] of its tokens. Without normalisation it is β log [ q_θ(y|x) / p(y|x) ].
+
+    A token that one of the models excludes (probability 0) counts as a ratio of 1.
+
+    Example: y_t has two tokens, with probabilities ½ · ¼ under q_θ and ½ · ½ under p. y_s has one,
+    with ½ and ⅛. β = 2 gives r(x, y_t) = (2/2) log ½ = −.69 and r(x, y_s) = (2/1) log 4 = 2.77.
+    """
+    log_ratios = student_logps - teacher_logps  # [N]
+    excluded = student_logps.isneginf() | teacher_logps.isneginf()
+    means = mean_per_response(log_ratios.masked_fill(excluded, 0.0), batch)  # [R]
+    if length_normalize:
+        return beta * means
+    sums = means * batch.lengths
+    return beta * sums
+
+
+def preference_loss(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """([B], [B]): −log σ(margin) and the margin r(x, y_t) − r(x, y_s) (equation 9), from [2·B].
+
+    Example: the rewards (−.69, 2.77) above give the margin −3.47 and the loss log(1 + 2⁵) = 3.50.
+    """
+    teacher_rewards, student_rewards = rewards.view(-1, 2).T  # [B] each: of y_t, of y_s
+    margins = teacher_rewards - student_rewards
+    return -F.logsigmoid(margins), margins
 
 
 @dataclass
 class Args:
+    # method
+    beta: float = 1.0
+    """β, scale of the implicit reward (playground; released code: 0.1; the paper gives none)"""
+    length_normalize: bool = True
+    """divide log-ratios by the response's length (equation 9; paper, table 3: worse without)"""
+    refresh_every: int = 4
+    """y_s is sampled anew every this many steps (playground; paper: 1); 0 samples all of them from
+    the initial student"""
+    teacher_answers: int = 0
+    """prompts of --data that the teacher answers and training uses; 0 takes all"""
+    sft_coef: float = 0.0
+    """weight of the cross-entropy on y_t (released code: 0.5; the paper: none)"""
+    lm_data: str = ""
+    """corpus of L_LM: a .txt file, or a column `text` in a .jsonl, .json or .parquet file or a hub
+    id, cut into pieces of --max_response_tokens; if empty, L_LM is left out"""
+    lm_split: str = "train"
+    """split of --lm_data, where it has several"""
+    lm_coef: float = 1.0
+    """λ, weight of L_LM (the paper gives none; 1 is plain addition)"""
+
+    # optimisation
+    learning_rate: float = 2e-3
+    """of AdamW (playground; released code: 5e-4 for a GPT-2 of 120M; the paper gives none)"""
+    num_epochs: int = 4
+    """passes over the data"""
+    max_steps: int = 0
+    """optimiser steps; if not 0, it takes the place of --num_epochs"""
+    batch_size: int = 32
+    """examples of an optimiser step"""
+    micro_batch_size: int = 32
+    """examples of a forward pass; it changes memory, not the result"""
+    logits_chunk: int = 1024
+    """response tokens whose logits are in memory at a time"""
+    gradient_checkpointing: bool = False
+    """compute the student's activations again in the backward pass, to save memory"""
+    warmup_ratio: float = 0.1
+    """share of the steps in which the learning rate rises; after that a cosine brings it to 0"""
+    weight_decay: float = 0.0
+    """of AdamW"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    seed: int = 1
+    """seed of the data's order and of sampling"""
+
+    # models and data
     student: str = "playground/student"
     """model to train: a hub id or a folder"""
     teacher: str = "playground/teacher"
     """frozen teacher: a hub id or a folder"""
     data: str = "playground/data/train.jsonl"
-    """preference pairs: a .jsonl, .json or .parquet file, a folder or a hub id"""
+    """training rows: a .jsonl, .json or .parquet file, a folder or a hub id"""
     data_split: str = "train"
-    """split of --data where it has several"""
-    eval_data: str = "playground/data/test.jsonl"
-    """held-out rows, of which only the prompts are used"""
-    eval_split: str = "test"
-    """split of --eval_data where it has several"""
-    reward: str = "playground.world:reward"
-    """judge of answers: module:function as in TRL (your own code is executed), or a reward model"""
-    output_dir: str = ""
-    """folder of this run (default: runs/<script>__<seed>__<time>)"""
-    resume: str = ""
-    """folder of a run that was interrupted; it goes on with the flags it had"""
-    overwrite: bool = False
-    """replace the run that --output_dir holds"""
-    seed: int = 1
-    """seed of data order and sampling"""
-    device: str = ""
-    """cpu, cuda, cuda:1, ... (default: cuda where there is one)"""
-    trust_remote_code: bool = False
-    """run code that comes with a hub model"""
-    track: Literal["none", "tensorboard", "wandb"] = "none"
-    """where metrics go besides metrics.jsonl"""
+    """split of --data, where it has several"""
     max_prompt_tokens: int = 512
     """rows with longer prompts are dropped and counted"""
     max_response_tokens: int = 256
-    """rows with longer answers are dropped and counted; sampling stops there"""
-    num_epochs: int = 4
-    """passes over the data"""
-    max_steps: int = 0
-    """optimiser steps, if not 0, in place of --num_epochs"""
-    batch_size: int = 32
-    """examples of an optimiser step"""
-    micro_batch_size: int = 32
-    """examples of a forward pass: a matter of memory, not of the result"""
-    logits_chunk: int = 1024
-    """response tokens whose logits are alive at a time"""
-    gradient_checkpointing: bool = False
-    """recompute the student's activations in the backward pass to save memory"""
-    warmup_ratio: float = 0.1
-    """share of the steps in which the learning rate rises; a cosine brings it to 0 after that"""
-    weight_decay: float = 0.0
-    """of AdamW"""
-    max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
-    log_every: int = 10
-    """optimiser steps between rows of metrics.jsonl"""
+    """rows with longer responses are dropped and counted; sampling stops there"""
+    sample_batch_size: int = 256
+    """responses sampled at a time"""
+    device: str = ""
+    """cpu, cuda, cuda:1, ... (a GPU where there is one, if empty)"""
+    trust_remote_code: bool = False
+    """run code that comes with a hub model"""
+
+    # evaluation and output
+    eval_data: str = "playground/data/test.jsonl"
+    """held-out rows, of which only the prompts are used"""
+    eval_split: str = "test"
+    """split of --eval_data, where it has several"""
+    reward: str = "playground.world:reward"
+    """what gives a response its reward: module:function (which is executed) or a reward model"""
+    eval_prompts: int = 256
+    """held-out prompts of an evaluation, with one response each"""
+    eval_temperature: float = 1.0
+    """temperature of these responses; 0 is greedy"""
     eval_every: int = 50
-    """optimiser steps between evaluations on held-out prompts"""
+    """optimiser steps between evaluations"""
+    log_every: int = 10
+    """optimiser steps between lines of metrics.jsonl"""
     save_every: int = 50
     """optimiser steps between checkpoints"""
-    eval_prompts: int = 256
-    """held-out prompts per evaluation, one answer each"""
-    eval_temperature: float = 1.0
-    """temperature of the evaluation's answers; 0 is greedy"""
-    sample_batch_size: int = 256
-    """answers sampled at a time"""
-
-    # method
-    learning_rate: float = 2e-3
-    """of AdamW (playground; released code: 5e-4 for a GPT-2 of 120M; the paper gives none)"""
-    beta: float = 1.0
-    """β, scale of the implicit reward (playground; released code: 0.1; the paper gives none)"""
-    length_normalize: bool = True
-    """divide both log-ratios by their answers' lengths (equation 9; paper, table 3: worse without)"""
-    refresh_every: int = 4
-    """optimiser steps that one sampling of y_s serves; 0 samples all of them from the initial student (playground)"""
-    teacher_answers: int = 0
-    """prompts of --data that the teacher answers and training uses, if not all (0)"""
-    sft_coef: float = 0.0
-    """weight of the cross-entropy on y_t (released code: 0.5; the paper: none)"""
-    lm_data: str = ""
-    """corpus of L_LM, a column `text` in a .jsonl, .json, .parquet or .txt file or a hub id; "" leaves L_LM out"""
-    lm_split: str = "train"
-    """split of --lm_data where it has several"""
-    lm_coef: float = 1.0
-    """λ, weight of L_LM (the paper gives none; 1 is plain addition)"""
+    output_dir: str = ""
+    """folder of this run (runs/<script>__<seed>__<time>, if empty)"""
+    resume: str = ""
+    """folder of a run that was interrupted; it goes on with the flags it had"""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """where metrics go besides metrics.jsonl"""
 
 
-# ------------------------------------------------------------------------------------------------------- mathematics
-def implicit_rewards(
-    student_logps, teacher_logps, response_of, lengths, beta: float, length_normalize: bool
-):
-    """[R]: r(x, y) = (β/|y|) log [ q_θ(y|x) / p(y|x) ] (inside equation 9's sigmoid), from the log-probs [N] of tokens
-    under both models, response_of [N] and lengths [R]; without normalisation β log [ q_θ(y|x) / p(y|x) ]."""
-    log_ratios = student_logps - teacher_logps  # [N]
-    excluded = (
-        student_logps.isneginf() | teacher_logps.isneginf()
-    )  # probability 0: no finite ratio to learn from
-    means = response_means(log_ratios.masked_fill(excluded, 0.0), response_of, lengths)  # [R]
-    return beta * (means if length_normalize else means * lengths)
+# --------------------------------------------------------------------------------------- terms of L
+def dpkd_terms(
+    examples: list[Example],
+    student: LM,
+    teacher: LM,
+    vocab_size: int,
+    args: Args,
+    texts: list[Example] | None = None,
+) -> dict[str, torch.Tensor]:
+    """The terms of L before their weights, each [B]. An example's responses are y_t and y_s.
+
+    "preference", "sft" and "lm" enter L as they are and should fall. "lm" is taken on `texts`, one
+    piece of the corpus for every example, and is 0 without them. "margin" is for the log.
+    """
+    batch = pack(examples, student, teacher)
+    student_hidden = student.hidden_states(batch)[batch.predict_index]  # [N, H]
+    teacher_hidden = teacher.hidden_states(batch)[batch.predict_index]  # [N, H]
+
+    def score_tokens(target_ids, student_log_probs, teacher_log_probs):
+        student_logps = token_logps(target_ids, student_log_probs)  # [N]
+        teacher_logps = token_logps(target_ids, teacher_log_probs)  # [N]
+        return student_logps, teacher_logps
+
+    student_logps, teacher_logps = per_token(
+        score_tokens,
+        batch.target_ids,
+        [student, teacher],
+        [student_hidden, teacher_hidden],
+        vocab_size=vocab_size,
+        chunk_size=args.logits_chunk,
+    )
+    # r(x, y) = (β/|y|) log [ q_θ(y|x) / p(y|x) ]
+    # The responses of an example are [y_t, y_s].
+    rewards = implicit_rewards(
+        student_logps,
+        teacher_logps,
+        batch,
+        beta=args.beta,
+        length_normalize=args.length_normalize,
+    )
+    rewards = rewards.view(len(examples), 2)  # [B, 2]
+    # −log σ( r(x, y_t) − r(x, y_s) )
+    preference, margins = preference_loss(rewards)  # [B] each
+    # −(1/|y|) log q_θ(y|x), of which --sft_coef takes y_t
+    nll = -mean_per_response(student_logps, batch).view(len(examples), 2)  # [B, 2]
+    # L_LM
+    lm_loss = torch.zeros_like(preference)
+    if texts:
+        lm_loss = -mean_logps(texts, student, vocab_size, args)  # [B]
+    return {"preference": preference, "margin": margins, "sft": nll[:, 0], "lm": lm_loss}
 
 
-def preference_loss(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """([B], [B]): −log σ(margin) and the margin r(x, y_t) − r(x, y_s) (equation 9), from rewards [2·B], y_t first."""
-    teacher_rewards, student_rewards = rewards.view(-1, 2).unbind(1)
-    margins = teacher_rewards - student_rewards
-    return -F.logsigmoid(margins), margins
+def mean_logps(examples: list[Example], lm: LM, vocab_size: int, args: Args) -> torch.Tensor:
+    """[R]: (1/|y|) log q_θ(y|x) of the examples' responses."""
+    batch = pack(examples, lm)
+    hidden = lm.hidden_states(batch)[batch.predict_index]  # [N, H]
+    logps = per_token(
+        token_logps,
+        batch.target_ids,
+        [lm],
+        [hidden],
+        vocab_size=vocab_size,
+        chunk_size=args.logits_chunk,
+    )
+    return mean_per_response(logps, batch)
 
 
-# ---------------------------------------------------------------------------------------- corpus, answers that wait
+# --------------------------------------------------------------------------------- corpus of L_LM
 def read_corpus(lm: LM, source: str, split: str, size: int) -> list[Example]:
-    """Documents in pieces of `size` tokens, each an example whose prompt is its first token. Special tokens written in
-    a corpus are read as such, so that it may hold conversations; begin and end of a document come once."""
-    from datasets import load_dataset  # a second of import time
+    """Documents in pieces of `size` tokens, each an example whose prompt is its first token.
 
-    file, end, pieces = Path(source), lm.end_ids[:1], []
-    where = (
-        {"path": str(file.parent), "data_files": file.name} if file.is_file() else {"path": source}
+    Special tokens that are written in a text are recognised, so that it may hold conversations.
+    Begin and end of a document are added if they are missing. Blank documents are left out.
+    """
+    pieces = []
+    for text in read_texts(source, split):
+        if not text.strip():
+            continue
+        ids = lm.tokenizer(text, add_special_tokens=False).input_ids
+        if ids[: len(lm.bos_ids)] != lm.bos_ids:
+            ids = lm.bos_ids + ids
+        if ids[-1:] != lm.eos_ids[:1]:
+            ids = ids + lm.eos_ids[:1]
+        for start in range(0, len(ids), size):
+            piece = ids[start : start + size]
+            # Nothing predicts the first token of a piece.
+            if len(piece) > 1:
+                pieces.append(Example(row={}, prompt_ids=piece[:1], response_ids=[piece[1:]]))
+    if not pieces:
+        stop(f"--lm_data {source} holds no text")
+    return pieces
+
+
+def read_texts(source: str, split: str) -> list[str]:
+    """The documents of a corpus: lines of a .txt file, or the column `text` of something else."""
+    if source.endswith(".txt"):
+        try:
+            with Path(source).open(encoding="utf-8") as file:
+                return [line.removesuffix("\n") for line in file]
+        except (OSError, ValueError) as error:
+            stop(f"cannot read --lm_data {source}: {error}")
+    texts = []
+    for number, record in enumerate(read_records(source, split), 1):
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            found = str(record)[:200]
+            stop(f"--lm_data {source}, row {number}: a column text is needed, found {found}")
+        texts.append(record["text"])
+    return texts
+
+
+# ------------------------------------------------------------------------------- y_s, sampled ahead
+class PendingSamples:
+    """Token ids of the y_s that were sampled ahead and wait for their steps.
+
+    They are part of a checkpoint: when a run is resumed, the weights that sampled them are gone.
+    """
+
+    def __init__(self):
+        self.response_ids = []
+
+    def state_dict(self) -> dict:
+        return {"response_ids": self.response_ids}
+
+    def load_state_dict(self, state: dict):
+        self.response_ids = state["response_ids"]
+
+
+def sample_ahead(examples: list[Example], steps: range, student: LM, args: Args) -> list[list[int]]:
+    """Token ids of one y_s for every example of the given steps, in order, by the student as it is
+    before the first of them."""
+    upcoming = []
+    for later_step in steps:
+        upcoming += step_examples(examples, later_step, args.batch_size, args.seed)
+    rows = [example.row for example in upcoming]
+    samples = respond(rows, args.seed + steps[0], lm=student, temperature=1.0, args=args)
+    response_ids = []
+    for example, sample in zip(upcoming, samples):
+        response_ids.append(sample_ids(example, sample, student, args))
+    return response_ids
+
+
+def sample_ids(example: Example, sample: dict, lm: LM, args: Args) -> list[int]:
+    """Token ids of a sample {"text", "finished"} that answers the prompt of an example. Its text is
+    encoded, as every text is.
+
+    A sample that never ended is cut again if its text takes more than --max_response_tokens. It has
+    no token if it never ended and said nothing.
+    """
+    ids = lm.response_ids(example.row["prompt"], example.prompt_ids, sample)
+    return cut_unfinished(ids, lm, args.max_response_tokens)
+
+
+def take_pairs(examples: list[Example], pending: PendingSamples) -> list[Example]:
+    """The examples of a step with the responses y_t and y_s. Their y_s are taken out of `pending`.
+    An example whose y_s has no token is left out, because there is nothing to score."""
+    pairs = []
+    for example in examples:
+        student_ids = pending.response_ids.pop(0)
+        if student_ids:
+            [teacher_ids] = example.response_ids
+            pairs.append(Example(example.row, example.prompt_ids, [teacher_ids, student_ids]))
+    return pairs
+
+
+# --------------------------------------------------------------- models, sampling and evaluation
+def load_models(args: Args, device: torch.device) -> tuple[LM, LM]:
+    """The student and the teacher."""
+    student = LM(
+        args.student,
+        device,
+        trainable=True,
+        gradient_checkpointing=args.gradient_checkpointing,
+        trust_remote_code=args.trust_remote_code,
     )
-    with clearly(f"read a column text from --lm_data {source} (split {split})"):
-        for ids in lm.tokenizer(
-            list(load_dataset(**where, split=split)["text"]), add_special_tokens=False
-        ).input_ids:
-            ids = lm.bos * (ids[:1] != lm.bos) + ids + end * (ids[-1:] != end)
-            pieces += [ids[start : start + size] for start in range(0, len(ids), size)]
-    return [Example({}, ids[:1], [ids[1:]]) for ids in pieces if ids[1:]] or stop(
-        f"--lm_data {source} holds no text"
+    teacher = LM(args.teacher, device, trust_remote_code=args.trust_remote_code)
+    return student, teacher
+
+
+def respond(rows: list[dict], seed: int, lm: LM, temperature: float, args: Args) -> list[dict]:
+    """One response {"text", "finished"} of `lm` to the prompt of every row."""
+    samples = lm.sample(
+        [lm.prompt_ids(row["prompt"]) for row in rows],
+        temperature=temperature,
+        max_new_tokens=args.max_response_tokens,
+        batch_size=args.sample_batch_size,
+        seed=seed,
     )
+    return [responses[0] for responses in samples]
 
 
-class Waiting(list):
-    """Token ids of the y_s that wait for their steps: part of a checkpoint, because earlier weights wrote them."""
+def evaluate(rows: list[dict], seed: int, lm: LM, reward_fn, args: Args) -> list[dict]:
+    """One response of `lm` to the prompt of every row, with its "reward"."""
+    responses = respond(rows, seed, lm, args.eval_temperature, args)
+    prompts = [row["prompt"] for row in rows]
+    rewards = reward_fn(prompts, [response["text"] for response in responses])
+    return [{**response, "reward": reward} for response, reward in zip(responses, rewards)]
 
-    state_dict, load_state_dict = list.copy, list.extend
+
+def watched_examples(
+    held_out: list[Example], by_teacher: list[dict], by_student: list[dict], lm: LM, args: Args
+) -> list[Example]:
+    """Held-out prompts with two responses that never change: the teacher's, and the untrained
+    student's. The program ends if there is none with tokens in both."""
+    watched = []
+    for example, teacher_sample, student_sample in zip(held_out, by_teacher, by_student):
+        teacher_ids = sample_ids(example, teacher_sample, lm, args)
+        student_ids = sample_ids(example, student_sample, lm, args)
+        if teacher_ids and student_ids:
+            watched.append(Example(example.row, example.prompt_ids, [teacher_ids, student_ids]))
+    if not watched:
+        stop("no held-out prompt has an answer of the teacher and one of the student")
+    return watched
 
 
-# ------------------------------------------------------------------------------------------------------------- main
+@torch.no_grad()
+def watched_logps(
+    watched: list[Example], student: LM, vocab_size: int, args: Args
+) -> dict[str, float]:
+    """Mean over prompts of (1/|y|) log q_θ(y|x) of the two watched responses. If both fall, the
+    mass goes to third responses, which no term of the loss sees."""
+    means = []
+    for start in range(0, len(watched), args.micro_batch_size):
+        micro_batch = watched[start : start + args.micro_batch_size]
+        means.append(mean_logps(micro_batch, student, vocab_size, args))
+    of_teacher, of_student = torch.cat(means).view(-1, 2).mean(0).tolist()
+    return {"eval/logp_teacher_answers": of_teacher, "eval/logp_student_answers": of_student}
+
+
+def has_collapsed(before: dict[str, float], now: dict[str, float]) -> bool:
+    """Whether log q_θ fell by more than a nat per token on the untrained student's responses, and
+    fell on the teacher's too. In a healthy run the first falls by a few tenths."""
+    teacher_drop = before["eval/logp_teacher_answers"] - now["eval/logp_teacher_answers"]
+    student_drop = before["eval/logp_student_answers"] - now["eval/logp_student_answers"]
+    return student_drop > 1.0 and teacher_drop > 0
+
+
+# --------------------------------------------------------------------------------------------- main
 def main(args: Args):
-    # ----------------------------------------------------------------------------------------------- the run folder
-    for name, value in vars(args).items():
-        least = (
-            1
-            if name.endswith(("_size", "_epochs", "_every", "_tokens", "_prompts", "_chunk"))
-            else 0
-        )
-        least = 0 if name == "refresh_every" else least
-        if type(value) in (int, float) and not least <= value < math.inf:
-            stop(f"--{name} {value} must be a number of at least {least}")
     started = time.time()
-    run = Path(args.resume or args.output_dir or f"runs/dpkd__{args.seed}__{int(started)}")
-    if args.resume:  # a run goes on with the flags it began with
-        if args != Args(resume=args.resume) or not (run / "args.json").exists():
-            stop(
-                f"--resume {run} takes the folder of a run, which holds all flags, and no other flag"
-            )
-        with clearly(f"resume {run}"):
-            args = Args(**{**json.loads((run / "args.json").read_text()), "overwrite": False})
-    elif (
-        run.exists()
-        and any(run.iterdir())
-        and not (args.overwrite and (run / "args.json").exists())
-    ):
-        stop(
-            f"{run} is not empty; --resume the run in it, --overwrite it, or choose another --output_dir"
+    args, run_dir = open_run(args, "dpkd")
+    check_flags(
+        args, at_least_0=["beta", "refresh_every", "teacher_answers", "sft_coef", "lm_coef"]
+    )
+
+    # ------------------------------------------------------------------------------ models and data
+    device = choose_device(args.device)
+    student, teacher = load_models(args, device)
+    vocab_size = shared_vocab_size(student, teacher)
+    reward_fn = load_reward_function(args.reward, device, args.trust_remote_code)
+    train_rows = read_rows(args.data, args.data_split, columns=())
+    eval_rows = read_rows(args.eval_data, args.eval_split, columns=())
+    prompts = encode_rows(student, train_rows, [], args, "training prompts")
+    held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")
+    held_out = held_out[: args.eval_prompts]
+    if args.teacher_answers:
+        prompts = prompts[: args.teacher_answers]
+    train_rows = [example.row for example in prompts]
+    eval_rows = [example.row for example in held_out]
+    corpus = []
+    if args.lm_data:
+        corpus = read_corpus(student, args.lm_data, args.lm_split, args.max_response_tokens)
+    save_flags(run_dir, args)
+
+    # ------------------------------------------------------------------------ evaluation at step 0
+    # It comes before a checkpoint is read, so that "before" is the untrained student in every run.
+    def evaluate_once(lm: LM, name: str) -> list[dict]:
+        """Evaluates a model and keeps the responses in eval_<name>.jsonl."""
+        return cached_map(
+            run_dir / f"eval_{name}.jsonl",
+            eval_rows,
+            partial(evaluate, lm=lm, reward_fn=reward_fn, args=args),
+            args.sample_batch_size,
+            args.seed,
         )
 
-    # ---------------------------------------------------------------------------------------------- models and data
-    with clearly(f"use --device {args.device}"):
-        device = torch.empty(
-            0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        ).device
-    student = LM(args.student, device, True, args.gradient_checkpointing, args.trust_remote_code)
-    teacher = LM(args.teacher, device, remote_code=args.trust_remote_code)
-    vocab_size = shared_vocab(student, teacher)
-    judge = load_reward(args.reward, device, args.trust_remote_code)
-    limits = args.max_prompt_tokens, args.max_response_tokens
-    prompts = make_examples(student, read_rows(args.data, args.data_split, ()), (), *limits)
-    rows = [example.row for example in prompts[: args.teacher_answers or None]]
-    corpus = (
-        read_corpus(student, args.lm_data, args.lm_split, args.max_response_tokens)
-        if args.lm_data
-        else []
+    eval_before = evaluate_once(student, "before")
+    eval_teacher = evaluate_once(teacher, "teacher")
+    watched = watched_examples(held_out, eval_teacher, eval_before, student, args)
+    logps_before = watched_logps(watched, student, vocab_size, args)
+
+    # --------------------------------------------------------------------------------- stage 1: y_t
+    answers = cached_map(
+        run_dir / "teacher_answers.jsonl",
+        train_rows,
+        partial(respond, lm=teacher, temperature=1.0, args=args),
+        args.sample_batch_size,
+        args.seed,
     )
-    held_out = make_examples(student, read_rows(args.eval_data, args.eval_split, ()), (), *limits)
-    held_out = [example.row for example in held_out[: args.eval_prompts]]
-    if args.overwrite:  # only now: a run that cannot start replaces nothing
-        shutil.rmtree(run, ignore_errors=True)
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "args.json").write_text(json.dumps(vars(args), indent=1))
+    # `cached_map` returns the rows with what `respond` made of them.
+    for answer in answers:
+        answer["y_t"] = {"text": answer["text"], "finished": answer["finished"]}
+    examples = encode_rows(student, answers, ["y_t"], args, "teacher's answers")
 
-    # ----------------------------------------------------------------------------------------- sampling, evaluation
-    def answer(lm: LM, temperature: float, rows: list[dict], number: int) -> list[dict]:
-        """One answer {"text", "finished"} of `lm` to the prompt of every row; `number` is the first row's."""
-        prompts = [lm.encode(row["prompt"])[0] for row in rows]
-        how = {
-            "temperature": temperature,
-            "max_new_tokens": args.max_response_tokens,
-            "seed": args.seed + number,
-        }
-        return [
-            answers[0] for answers in lm.sample(prompts, batch_size=args.sample_batch_size, **how)
-        ]
-
-    def evaluate(lm: LM, rows: list[dict] = held_out, number: int = 0) -> list[dict]:
-        """The same on held-out prompts, with the judge's reward."""
-        answers = answer(lm, args.eval_temperature, rows, number)
-        rewards = judge([row["prompt"] for row in rows], [answer["text"] for answer in answers])
-        return [{**answer, "reward": reward} for answer, reward in zip(answers, rewards)]
-
-    def mean_reward(answers: list[dict]) -> float:
-        return statistics.mean(answer["reward"] for answer in answers)
-
-    before = stage(
-        run / "eval_before.jsonl", held_out, partial(evaluate, student), args.sample_batch_size
-    )
-    aligned = stage(
-        run / "eval_teacher.jsonl", held_out, partial(evaluate, teacher), args.sample_batch_size
-    )
-
-    # ------------------------------------------------------------------------------ stage 1: y_t; log q of answers
-    answers = stage(
-        run / "teacher_answers.jsonl", rows, partial(answer, teacher, 1.0), args.sample_batch_size
-    )
-    examples = make_examples(
-        student, [{**answer, "y_t": answer} for answer in answers], ("y_t",), *limits
-    )
-
-    def encoded(row: dict, *answers: dict) -> Example:
-        """A prompt with sampled answers; one that never ended is no longer as text than it was as a sample."""
-        prompt, responses = student.encode(row["prompt"], answers)
-        return Example(
-            row,
-            prompt,
-            [r[: None if a["finished"] else limits[1]] for r, a in zip(responses, answers)],
-        )
-
-    def mean_logps(examples: list[Example]) -> torch.Tensor:
-        """[R]: (1/|y|) log q_θ(y|x) of the examples' responses."""
-        batch = pack(examples, student)
-        scored = [(student, student.hidden_states(batch)[batch.source])]
-        logps = per_token(target_logps, batch.target_ids, scored, vocab_size, args.logits_chunk)
-        return response_means(logps, batch.response_of, batch.lengths)
-
-    @torch.no_grad()
-    def watch() -> dict[str, float]:
-        """Its mean over answers to held-out prompts that never change, the teacher's and the untrained student's."""
-        fixed, size = (
-            [p for p in map(encoded, held_out, aligned, before) if all(p.responses)],
-            args.micro_batch_size,
-        )
-        means = torch.cat(
-            [mean_logps(fixed[start : start + size]) for start in range(0, len(fixed), size)]
-        )
-        return dict(zip(WATCHED, means.view(-1, 2).mean(0).tolist()))
-
-    at_start = watch()  # before any checkpoint is loaded
-
-    # ---------------------------------------------------------------------------------------------------- optimiser
+    # ------------------------------------------------------------------------------------ optimiser
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     total_steps = args.max_steps or args.num_epochs * steps_per_epoch
     optimizer = torch.optim.AdamW(
         student.model.parameters(), args.learning_rate, weight_decay=args.weight_decay
     )
-    scheduler = get_cosine_schedule_with_warmup(
-        optimizer, math.ceil(args.warmup_ratio * total_steps), total_steps
-    )
-    parts = {"model": student.model, "optimizer": optimizer, "scheduler": scheduler}
-    waiting = parts["waiting"] = Waiting()
-    first_step = load_checkpoint(run / "checkpoint.pt", **parts)
-    metrics = run / "metrics.jsonl"
-    logged = (
-        metrics.read_text().split("\n")[:-1] if first_step else []
-    )  # not what a kill left behind the last break
-    metrics.write_text(
-        "".join(line + "\n" for line in logged if json.loads(line)["step"] <= first_step)
-    )
-    if args.track == "wandb":
-        import wandb
-
-        wandb.init(project="prefdistill", name=run.name, config=vars(args), sync_tensorboard=True)
-    if args.track != "none":
-        from torch.utils.tensorboard import SummaryWriter
-
-        tracker = SummaryWriter(str(run))
-
-    # ----------------------------------------------------------------------------------------------------- training
+    warmup_steps = math.ceil(args.warmup_ratio * total_steps)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps)
+    pending = PendingSamples()
+    state = {"model": student.model, "optimizer": optimizer, "scheduler": scheduler}
+    state["pending"] = pending
+    # Of training and of sampling y_s so far, kept in the checkpoint.
+    counts = {"tokens": 0, "seconds": 0.0, "sampled_tokens": 0, "sampling_seconds": 0.0}
+    first_step = load_checkpoint(run_dir / "checkpoint.pt", counts, **state)
+    metrics = Metrics(run_dir, args, first_step)
     if first_step == 0:
-        metrics.write_text(
-            json.dumps({"step": 0, "eval/reward": mean_reward(before), **at_start}) + "\n"
-        )
+        metrics.log(0, {"eval/reward": mean_reward(eval_before), **logps_before})
 
-    def draw(step: int) -> list[Example]:
-        epoch, place = divmod(step, steps_per_epoch)
-        order = torch.randperm(
-            len(examples), generator=torch.Generator().manual_seed(args.seed + epoch)
-        ).tolist()
-        return [examples[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]]
-
-    seconds, tokens, sampling_seconds, sampled_tokens, warned = 0.0, 0, 0.0, 0, False
+    # ------------------------------------------------------------------------------------- training
     refresh_every = args.refresh_every or total_steps
-    for step in tqdm(
-        range(first_step, total_steps), initial=first_step, total=total_steps, desc="training"
-    ):
-        # ------------------------------------------------ y_s of this step and the next ones, by the current student
-        tick, asked = time.time(), draw(step)
+    warned = False
+    steps = range(first_step, total_steps)
+    for step in tqdm(steps, initial=first_step, total=total_steps, desc="training"):
+        # y_s of this step and of the next ones, by the current student
         if step % refresh_every == 0:
-            ahead = [
-                example.row
-                for s in range(step, min(step + refresh_every, total_steps))
-                for example in draw(s)
-            ]
-            waiting[:] = [
-                said.responses[0] for said in map(encoded, ahead, answer(student, 1.0, ahead, step))
-            ]
-            sampled_tokens += sum(map(len, waiting))
-        drawn = [
-            Example(row, prompt, [*y_t, y_s])
-            for (row, prompt, y_t), y_s in zip(asked, waiting)
-            if y_s
-        ]
-        del waiting[
-            : len(asked)
-        ]  # a y_s without tokens said nothing and did not end: it is left out
-        sampling_seconds += time.time() - tick
-        tick, losses = time.time(), Counter()
-        texts = random.Random(args.seed + step).choices(corpus, k=len(drawn)) if corpus else []
-        for start in range(0, len(drawn), args.micro_batch_size):
-            micro = drawn[start : start + args.micro_batch_size]
-            batch = pack(micro, student, teacher)  # two responses of every example: y_t, y_s
-            scored = [(lm, lm.hidden_states(batch)[batch.source]) for lm in (student, teacher)]
-            logps = per_token(
-                lambda ids, ours, theirs: (target_logps(ids, ours), target_logps(ids, theirs)),
-                *(batch.target_ids, scored, vocab_size, args.logits_chunk),
-            )
-            rewards = implicit_rewards(
-                *logps, batch.response_of, batch.lengths, args.beta, args.length_normalize
-            )
-            preference, margins = preference_loss(rewards)  # [B], [B]
-            nll = -response_means(logps[0], batch.response_of, batch.lengths).view(-1, 2)  # [B, 2]
+            sampling_started = time.time()
+            steps_ahead = range(step, min(step + refresh_every, total_steps))
+            pending.response_ids = sample_ahead(examples, steps_ahead, student, args)
+            counts["sampled_tokens"] += sum(len(ids) for ids in pending.response_ids)
+            counts["sampling_seconds"] += time.time() - sampling_started
 
-            terms = {"preference": preference, "margin": margins, "sft": nll[:, 0]}
-            if corpus:
-                terms["lm"] = -mean_logps(texts[start : start + args.micro_batch_size])
-            terms = {name: term.sum() / len(drawn) for name, term in terms.items()}
-            loss = (
-                terms["preference"]
-                + args.sft_coef * terms["sft"]
-                + args.lm_coef * terms.get("lm", 0.0)
-            )
+        step_started = time.time()
+        step_batch = take_pairs(step_examples(examples, step, args.batch_size, args.seed), pending)
+        texts = []
+        if corpus:
+            texts = random.Random(args.seed + step).choices(corpus, k=len(step_batch))
+        losses = {"total": 0.0, "preference": 0.0, "margin": 0.0, "sft": 0.0, "lm": 0.0}
+        for start in range(0, len(step_batch), args.micro_batch_size):
+            micro_batch = step_batch[start : start + args.micro_batch_size]
+            micro_texts = texts[start : start + args.micro_batch_size]
+            terms = dpkd_terms(micro_batch, student, teacher, vocab_size, args, micro_texts)
+            # Divided by the examples of the whole step, so that the micro-batch size changes
+            # memory and nothing else.
+            preference = terms["preference"].sum() / len(step_batch)
+            margin = terms["margin"].sum() / len(step_batch)
+            sft = terms["sft"].sum() / len(step_batch)
+            lm_loss = terms["lm"].sum() / len(step_batch)
+            loss = preference + weighted(args.sft_coef, sft) + weighted(args.lm_coef, lm_loss)
             loss.backward()
-            losses.update(
-                {"total": loss.item(), **{name: term.item() for name, term in terms.items()}}
-            )
-            tokens += batch.target_ids.numel()
+            losses["total"] += loss.item()
+            losses["preference"] += preference.item()
+            losses["margin"] += margin.item()
+            losses["sft"] += sft.item()
+            losses["lm"] += lm_loss.item()
 
-        # ------------------------------------------------------------------------------------------- optimiser step
         grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), args.max_grad_norm)
-        if not math.isfinite(losses["total"] + grad_norm):
-            ids, what = (
-                [example.row["id"] for example in drawn],
-                f"loss {losses['total']}, gradient norm {grad_norm}",
-            )
-            stop(f"{what} in step {step} on rows {ids}; {run} keeps the checkpoint before it")
+        if not math.isfinite(losses["total"]) or not math.isfinite(grad_norm):
+            row_ids = [example.row["id"] for example in step_batch]
+            numbers = f"loss {losses['total']}, gradient norm {grad_norm}"
+            stop(f"{numbers} in step {step} on rows {row_ids}")
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
+        for example in step_batch:
+            counts["tokens"] += sum(len(response) for response in example.response_ids)
+        counts["seconds"] += time.time() - step_started
 
-        # -------------------------------------------------------------------------------- log, evaluate, checkpoint
-        done, row = step + 1, {}
-        seconds += time.time() - tick
-        if done % args.log_every == 0 or done == total_steps:
-            row = {f"losses/{name}": value for name, value in losses.items()}
-            row |= {
-                "charts/learning_rate": scheduler.get_last_lr()[0],
-                "charts/grad_norm": grad_norm.item(),
-            }
-            row |= {
-                "charts/epoch": done / steps_per_epoch,
-                "charts/tokens_per_second": tokens / seconds,
-            }
-            row["charts/tokens"] = (
-                tokens / (done - first_step) * done
-            )  # of the whole run, also when it was resumed
-            row["charts/sampling_share"] = sampling_seconds / (sampling_seconds + seconds)
-            row["charts/sampling_tokens_per_second"] = sampled_tokens / max(sampling_seconds, 1e-9)
-        if done % args.eval_every == 0 or done == total_steps:
-            row["eval/reward"] = mean_reward(evaluate(student))
-            row |= watch()
-            y_t, y_s = (at_start[key] - row[key] for key in WATCHED)
-            if y_s > COLLAPSE and y_t > 0 and not warned:
-                falls, warned = (
-                    f"log q per token fell by {y_s:.1f} on y_s and {y_t:.1f} on y_t",
-                    True,
-                )
-                tqdm.write(
-                    f"warning: {falls} by step {done}, a collapse: sample y_s more often (--refresh_every)"
-                )
-        if row:
-            with metrics.open("a") as file:
-                file.write(json.dumps({"step": done, **row}) + "\n")
-            for key, value in row.items() if args.track != "none" else ():
-                tracker.add_scalar(key, value, done)
-        if done % args.save_every == 0 or done == total_steps:
-            save_checkpoint(run / "checkpoint.pt", done, **parts)
+        # --------------------------------------------------------------- log, evaluate, checkpoint
+        done = step + 1
+        is_last = done == total_steps
+        values = {}
+        if done % args.log_every == 0 or is_last:
+            values["losses/total"] = losses["total"]
+            values["losses/preference"] = losses["preference"]
+            values["losses/margin"] = losses["margin"]
+            values["losses/sft"] = losses["sft"]
+            if corpus:
+                values["losses/lm"] = losses["lm"]
+            values["charts/learning_rate"] = scheduler.get_last_lr()[0]
+            values["charts/grad_norm"] = grad_norm.item()
+            values["charts/epoch"] = done / steps_per_epoch
+            values["charts/tokens"] = counts["tokens"]
+            values["charts/tokens_per_second"] = counts["tokens"] / counts["seconds"]
+            sampling_speed = counts["sampled_tokens"] / counts["sampling_seconds"]
+            values["charts/sampling_tokens_per_second"] = sampling_speed
+            loop_seconds = counts["sampling_seconds"] + counts["seconds"]
+            values["charts/sampling_share"] = counts["sampling_seconds"] / loop_seconds
+        if is_last or done % args.eval_every == 0:
+            if is_last:
+                evaluated = evaluate_once(student, "after")
+            else:
+                evaluated = evaluate(eval_rows, args.seed, student, reward_fn, args)
+            logps = watched_logps(watched, student, vocab_size, args)
+            values |= {"eval/reward": mean_reward(evaluated), **logps}
+            if has_collapsed(logps_before, logps) and not warned:
+                warned = True
+                advice = "sample y_s more often (--refresh_every)"
+                tqdm.write(f"warning: log q falls on all held-out answers, a collapse: {advice}")
+        if values:
+            metrics.log(done, values)
+        if done % args.save_every == 0 or is_last:
+            save_checkpoint(run_dir / "checkpoint.pt", done, counts, **state)
 
-    # ------------------------------------------------------------------------------------------------------ results
-    after = stage(
-        run / "eval_after.jsonl", held_out, partial(evaluate, student), args.sample_batch_size
-    )
-    with clearly(f"write {run / 'model'}"):
-        student.model.save_pretrained(run / "model")
-        student.tokenizer.save_pretrained(run / "model")
-    wins = [
-        (new["reward"] > old["reward"]) + (new["reward"] == old["reward"]) / 2
-        for new, old in zip(after, before)
-    ]
-    memory = (
-        torch.cuda.max_memory_allocated()
-        if device.type == "cuda"
-        else 1024 * resource.getrusage(0).ru_maxrss
-    )
-    summary = {
-        "reward_before": mean_reward(before),
-        "reward_after": mean_reward(after),
-        "reward_teacher": mean_reward(aligned),
-        "win_rate": statistics.mean(wins),
-        "win_rate_stderr": statistics.pstdev(wins) / len(wins) ** 0.5,
-        "seconds": time.time() - started,
-        "tokens_per_second": tokens / max(seconds, 1e-9),
-        "peak_memory_bytes": memory,
-        "seed": args.seed,
-        "device": str(device),
-        **{
-            name: importlib.metadata.version(name)
-            for name in ("torch", "transformers", "datasets", "tyro")
-        },
-    }
-    (run / "summary.json").write_text(json.dumps(summary, indent=1))
-    answers = [
-        {"before": old, "after": new, "teacher": best}
-        for old, new, best in zip(before, after, aligned)
-    ]
-    (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in answers))
-    for sample in answers[:4]:
-        print(f"\n{sample['before']['prompt'][-1]['content']}")
-        for name, said in sample.items():
-            print(f"  {name:<8}{said['reward']:6.2f}   {said['text']}")
-    print(
-        "\n"
-        + ", ".join(
-            f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float)
-        )
-    )
-    print(f"everything is in {run}, the model in {run / 'model'}")
+    # -------------------------------------------------------------------------------------- results
+    eval_after = evaluate_once(student, "after")
+    save_model(student, run_dir / "model")
+    results = compare_rewards(eval_before, eval_after, eval_teacher)
+    results["seconds"] = time.time() - started
+    save_summary(run_dir, results, counts, args)
+    print_samples({"before": eval_before, "after": eval_after, "teacher": eval_teacher})
+    print_summary(run_dir, results)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except OSError as error:  # a full disk, a folder without permission
-        stop(
-            f"{error}; complete stages and checkpoints are kept: --resume the run when this is mended"
-        )
+    args = tyro.cli(Args, description=__doc__)
+    with exit_in_one_line(args):
+        main(args)

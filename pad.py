@@ -1,33 +1,56 @@
-"""PAD: Preference-Aligned Distillation (ACL Findings 2025, arXiv 2502.14272).
+r"""PAD: Preference-Aligned Distillation (Gu et al., ACL Findings 2025, arXiv 2502.14272).
 
-The student π_θ answers every prompt n times and learns how its teacher ranks the answers. Scores s of n answers give a
-ranking τ, best first, the probability P(τ) = Π_k exp(β s_τ(k)) / Σ_{j≥k} exp(β s_τ(j)) (Plackett-Luce). The student's
-score is its average log-prob (1/|y|) Σ_t log π_θ(y_t|s_t); the teacher's is α times its own plus (1 − α) s_mcq: asked
-which of two answers is better, A or B, it gives each a probability, and s_mcq is the log of an answer's mean of those.
+The student π_θ gives n answers to every prompt x and learns how its teacher π_T ranks them. Both
+give every answer y a score. The student's is its average log-prob. The teacher's mixes its own
+average log-prob with a judgement. With s_t = (x, y_<t),
 
-    PPD:  L = JSD(P_student, P_teacher) = ½ KL(P_student ‖ M) + ½ KL(P_teacher ‖ M),  M = ½ (P_student + P_teacher)
-    VPD:  L = −log P_student(τ*),  τ* the teacher's ranking
+    s_student(y) = (1/|y|) Σ_t log π_θ(y_t|s_t)
+    s_teacher(y) = α (1/|y|) Σ_t log π_T(y_t|s_t) + (1 − α) s_mcq(y).
 
-Stages: (1) the student answers, `samples_1.jsonl`; (2) the teacher scores, `scores_1.jsonl`; (3) training; evaluation.
-`--rounds k` does so k times with n/k answers of the newest student. Any tokenizer of the teacher will do. One GPU.
+For the judgement, every two of the n answers are put to the teacher: which is better, A or B? So y
+stands in n − 1 questions. In each, p(y) is the probability that the teacher's reply names y:
 
-    python pad.py                                           # the playground: a CPU, less than a minute
-    python pad.py --student google/gemma-2-2b-it --teacher google/gemma-2-9b-it --data trl-lib/ultrafeedback-prompt \\
-        --eval_data trl-lib/ultrafeedback-prompt --max_rows 0 --num_epochs 1 --batch_size 128 --micro_batch_size 2 \\
-        --max_response_tokens 1024 --learning_rate 8e-7 --beta 10 --alpha 0 --reward <reward model>      # one GPU
+    s_mcq(y) = log( (1e-8 + Σ_questions p(y)) / (n − 1) ).
+
+Scores make a distribution over the n! rankings τ, best answer first (Plackett-Luce): each place
+goes to one of the answers that are left, by a softmax of their scores.
+
+    P(τ) = Π_k [ exp(β s(y_τ(k))) / Σ_{j≥k} exp(β s(y_τ(j))) ]
+
+The student learns the teacher's distribution (the paper's PPD), or only τ*, the teacher's order of
+the answers (its VPD):
+
+    PPD:  L = JSD(P_student, P_teacher) = ½ KL(P_student ‖ M) + ½ KL(P_teacher ‖ M),
+              M = ½ (P_student + P_teacher)
+    VPD:  L = −log P_student(τ*).
+
+Stages: (1) the student answers every prompt 5 times, and the n answers that differ most by edit
+distance are kept; prompts with fewer different ones are dropped; (2) the teacher scores the
+answers, and prompts are dropped where no answer wins more than half of its questions; (3) training;
+(4) evaluation. With `--rounds 2` the first three happen twice, each time with half of the answers
+and of the steps, and the second time it is the newest student that answers. The teacher reads text,
+so its tokenizer need not be the student's. Simplified: one GPU. The paper's code computes another
+divergence: docs/pad.md lists all departures.
+
+    python pad.py                                   # the playground: a CPU, less than a minute
+    python pad.py --student google/gemma-2-2b-it --teacher google/gemma-2-9b-it \
+        --data trl-lib/ultrafeedback-prompt --eval_data trl-lib/ultrafeedback-prompt --max_rows 0 \
+        --num_epochs 1 --batch_size 128 --micro_batch_size 2 --max_response_tokens 1024 \
+        --learning_rate 8e-7 --beta 10 --alpha 0 --reward <reward model>            # one GPU
+
+Read part 2 of common.py for `pack` and `per_token`. `pack` lists the response tokens alone, each
+with the position before it, which predicts it. So no prompt token reaches a loss, and the shift is
+done. Frozen models run without gradient. What is sampled or scored goes through `cached_map` (part
+4), which calls function(rows, seed) and returns the rows with the results. Shapes: B examples,
+which are prompts with their n answers of one round (n = num_answers / rounds), R = B·n responses, N
+response tokens, V vocabulary, H hidden size.
 """
 
-import importlib.metadata
 import itertools
-import json
 import math
-import resource
-import shutil
-import statistics
 import time
-from collections import Counter
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -36,523 +59,677 @@ import tyro
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-import common
 from common import (
     LM,
     Example,
-    clearly,
+    Metrics,
+    cached_map,
+    check_flags,
+    choose_device,
+    compare_rewards,
+    encode_rows,
+    exit_in_one_line,
     load_checkpoint,
-    make_examples,
+    load_reward_function,
+    mean_per_response,
+    mean_reward,
+    open_run,
     pack,
+    per_token,
+    print_samples,
+    print_summary,
+    prompt_text,
     read_rows,
     save_checkpoint,
-    stage,
+    save_flags,
+    save_model,
+    save_summary,
+    step_examples,
     stop,
+    token_logps,
 )
+
+
+# -------------------------------------------------------------------------------------- mathematics
+def edit_distance(a, b) -> int:
+    """The fewest insertions, deletions and replacements that turn one sequence into the other
+    (Levenshtein). Example: "kitten" and "sitting" have distance 3."""
+    previous = list(range(len(b) + 1))  # from nothing to the first j items of b
+    for i, a_item in enumerate(a, 1):
+        current = [i]
+        for j, b_item in enumerate(b, 1):
+            replaced = previous[j - 1] + (a_item != b_item)
+            deleted = previous[j] + 1
+            inserted = current[j - 1] + 1
+            current.append(min(replaced, deleted, inserted))
+        previous = current
+    return previous[-1]
+
+
+def select_diverse(sequences: list, n: int) -> list:
+    """n of the sequences, or all if there are fewer: the first one, then always the one that is
+    farthest from its nearest selected sequence."""
+    selected = sequences[:1]
+    while len(selected) < min(n, len(sequences)):
+        nearest = []
+        for sequence in sequences:
+            nearest.append(min(edit_distance(sequence, other) for other in selected))
+        selected.append(sequences[nearest.index(max(nearest))])
+    return selected
+
+
+def mcq_scores(
+    p_a: torch.Tensor, p_b: torch.Tensor, pairs: list[tuple[int, int]], n: int
+) -> torch.Tensor:
+    """[B, n]: s_mcq(i) = log( (1e-8 + Σ_{pairs∋i} p(i)) / (n − 1) ), from p(A) and p(B) [B, pairs].
+
+    `pairs` says which answers were A and B. If two answers were asked about in both orders, p(i) is
+    the mean of the two.
+
+    Example: the pairs (0, 1), (0, 2), (1, 2) with p(A) = (.6, .9, .5) and p(B) = (.3, .1, .4) give
+    log (.75, .4, .25). Answer 0 has (.6 + .9) / 2.
+    """
+    a, b = torch.tensor(pairs, device=p_a.device).T  # [pairs] each
+    sums = p_a.new_zeros(len(p_a), n)
+    sums = sums.index_add(1, a, p_a).index_add(1, b, p_b)
+    # The factor is 1, or ½ if every two answers were asked about in both orders.
+    sums = sums * math.comb(n, 2) / len(pairs)
+    return ((1e-8 + sums) / (n - 1)).log()
+
+
+def teacher_scores(logps: torch.Tensor, s_mcq: torch.Tensor, alpha: float) -> torch.Tensor:
+    """[B, n]: α (1/|y|) Σ_t log π_T(y_t|s_t) + (1 − α) s_mcq, from average log-probs and s_mcq."""
+    return alpha * logps + (1 - alpha) * s_mcq
+
+
+def ranking_logps(scores: torch.Tensor) -> torch.Tensor:
+    """[B, n!]: log P(τ) = Σ_k [ s_τ(k) − log Σ_{j≥k} exp(s_τ(j)) ] of all rankings, from scores
+    [B, n], which are multiplied with β already. The first ranking is the order in which they stand.
+
+    Example: the scores (log 3, 0) give log (3/4, 1/4).
+    """
+    rankings = list(itertools.permutations(range(scores.shape[1])))
+    ranked = scores[:, rankings]  # [B, n!, n]
+    log_sums = ranked.flip(-1).logcumsumexp(-1).flip(-1)  # [B, n!, n], over the answers j ≥ k
+    return (ranked - log_sums).sum(-1)
+
+
+def ppd(s_student: torch.Tensor, s_teacher: torch.Tensor) -> torch.Tensor:
+    """[B]: JSD of the distributions over rankings that two sets of scores [B, n] define. It lies
+    between 0 and log 2.
+
+    Example: (log 3, 0) and (0, 0), so P = (3/4, 1/4), (1/2, 1/2) and M = (5/8, 3/8), give 0.0338.
+    """
+    student_logps = ranking_logps(s_student)  # [B, n!]
+    teacher_logps = ranking_logps(s_teacher)  # [B, n!]
+    mixture_logps = torch.logaddexp(student_logps, teacher_logps) - math.log(2)
+    student_summands = student_logps.exp() * (student_logps - mixture_logps)
+    teacher_summands = teacher_logps.exp() * (teacher_logps - mixture_logps)
+    return (student_summands + teacher_summands).sum(-1) / 2
+
+
+def vpd(s_student: torch.Tensor, s_teacher: torch.Tensor) -> torch.Tensor:
+    """[B]: −log P_student(τ*), where τ* is the descending order of the teacher's scores, from
+    [B, n] twice. Example: (log 3, 0) and (0, 1) give −log 1/4."""
+    best_first = s_teacher.argsort(-1, descending=True)  # [B, n]
+    return -ranking_logps(s_student.gather(-1, best_first))[:, 0]
 
 
 @dataclass
 class Args:
+    # method
+    loss: Literal["ppd", "vpd"] = "ppd"
+    """distance of the distributions over rankings, or the teacher's ranking alone (paper: both; ppd
+    is the main one)"""
+    beta: float = 2.0
+    """β, sharpness of both distributions (playground; released code: 10)"""
+    alpha: float = 0.9
+    """α, weight of the average log-prob in the teacher's score; 1 drops the filter (playground;
+    released code: 0)"""
+    num_answers: int = 4
+    """answers to learn from per prompt, in all rounds together (released code: 4)"""
+    rounds: int = 1
+    """how often the newest student answers, with an equal share of --num_answers and of the steps
+    each time (paper, section 4.4)"""
+    num_samples: int = 5
+    """answers sampled per prompt in a round, of which the most different are kept (released code:
+    5)"""
+    sample_temperature: float = 1.0
+    """temperature of these answers (released code: 1, from a nucleus of 0.95; paper: 0.8)"""
+    swap_order: bool = False
+    """ask about two answers in both orders, against the judge's position bias (ours; paper and
+    released code: one order)"""
+    scores: str = ""
+    """scores_1.jsonl of another run or program, in place of --data and of stages 1 and 2 of the
+    first round (columns: docs/pad.md)"""
+    max_rows: int = 1400
+    """the first rows of --data, whose prompts are used (playground); 0 takes all"""
+
+    # optimisation
+    learning_rate: float = 3e-3
+    """of AdamW (playground; released code: 8e-7)"""
+    num_epochs: int = 4
+    """passes over the data"""
+    max_steps: int = 0
+    """optimiser steps; if not 0, it takes the place of --num_epochs"""
+    batch_size: int = 32
+    """examples of an optimiser step"""
+    micro_batch_size: int = 32
+    """examples of a forward pass; it changes memory, not the result"""
+    logits_chunk: int = 1024
+    """response tokens whose logits are in memory at a time"""
+    gradient_checkpointing: bool = False
+    """compute the student's activations again in the backward pass, to save memory"""
+    warmup_ratio: float = 0.1
+    """share of the steps in which the learning rate rises; after that a cosine brings it to 0"""
+    weight_decay: float = 0.0
+    """of AdamW"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    seed: int = 1
+    """seed of the data's order and of sampling"""
+
+    # models and data
     student: str = "playground/student"
     """model to train: a hub id or a folder"""
     teacher: str = "playground/teacher"
     """frozen teacher: a hub id or a folder"""
     data: str = "playground/data/train.jsonl"
-    """preference pairs: a .jsonl, .json or .parquet file, a folder or a hub id"""
+    """training rows: a .jsonl, .json or .parquet file, a folder or a hub id"""
     data_split: str = "train"
-    """split of --data where it has several"""
-    eval_data: str = "playground/data/test.jsonl"
-    """held-out rows, of which only the prompts are used"""
-    eval_split: str = "test"
-    """split of --eval_data where it has several"""
-    reward: str = "playground.world:reward"
-    """judge of answers: module:function as in TRL (your own code is executed), or a reward model"""
-    output_dir: str = ""
-    """folder of this run (default: runs/<script>__<seed>__<time>)"""
-    resume: str = ""
-    """folder of a run that was interrupted; it goes on with the flags it had"""
-    overwrite: bool = False
-    """replace the run that --output_dir holds"""
-    seed: int = 1
-    """seed of data order and sampling"""
-    device: str = ""
-    """cpu, cuda, cuda:1, ... (default: cuda where there is one)"""
-    trust_remote_code: bool = False
-    """run code that comes with a hub model"""
-    track: Literal["none", "tensorboard", "wandb"] = "none"
-    """where metrics go besides metrics.jsonl"""
+    """split of --data, where it has several"""
     max_prompt_tokens: int = 512
     """rows with longer prompts are dropped and counted"""
     max_response_tokens: int = 256
-    """rows with longer answers are dropped and counted; sampling stops there"""
-    num_epochs: int = 4
-    """passes over the data"""
-    max_steps: int = 0
-    """optimiser steps, if not 0, in place of --num_epochs"""
-    batch_size: int = 32
-    """examples of an optimiser step"""
-    micro_batch_size: int = 32
-    """examples of a forward pass: a matter of memory, not of the result"""
-    logits_chunk: int = 1024
-    """response tokens whose logits are alive at a time"""
-    gradient_checkpointing: bool = False
-    """recompute the student's activations in the backward pass to save memory"""
-    warmup_ratio: float = 0.1
-    """share of the steps in which the learning rate rises; a cosine brings it to 0 after that"""
-    weight_decay: float = 0.0
-    """of AdamW"""
-    max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
-    log_every: int = 10
-    """optimiser steps between rows of metrics.jsonl"""
+    """rows with longer responses are dropped and counted; sampling stops there"""
+    sample_batch_size: int = 256
+    """responses sampled at a time"""
+    device: str = ""
+    """cpu, cuda, cuda:1, ... (a GPU where there is one, if empty)"""
+    trust_remote_code: bool = False
+    """run code that comes with a hub model"""
+
+    # evaluation and output
+    eval_data: str = "playground/data/test.jsonl"
+    """held-out rows, of which only the prompts are used"""
+    eval_split: str = "test"
+    """split of --eval_data, where it has several"""
+    reward: str = "playground.world:reward"
+    """what gives a response its reward: module:function (which is executed) or a reward model"""
+    eval_prompts: int = 256
+    """held-out prompts of an evaluation, with one response each"""
+    eval_temperature: float = 1.0
+    """temperature of these responses; 0 is greedy"""
     eval_every: int = 50
-    """optimiser steps between evaluations on held-out prompts"""
+    """optimiser steps between evaluations"""
+    log_every: int = 10
+    """optimiser steps between lines of metrics.jsonl"""
     save_every: int = 50
     """optimiser steps between checkpoints"""
-    eval_prompts: int = 256
-    """held-out prompts per evaluation, one answer each"""
-    eval_temperature: float = 1.0
-    """temperature of the evaluation's answers; 0 is greedy"""
-    sample_batch_size: int = 256
-    """answers sampled at a time"""
-
-    # method
-    learning_rate: float = 3e-3
-    """of AdamW (playground; released code: 8e-7)"""
-    loss: Literal["ppd", "vpd"] = "ppd"
-    """distance of the distributions over rankings, or the teacher's ranking alone (paper: both, ppd is the main one)"""
-    beta: float = 2.0
-    """β, sharpness of both distributions (playground; released code: 10)"""
-    scores: str = ""
-    """scores_1.jsonl of another run or program, in place of --data and of stages 1 and 2 (columns: docs/pad.md)"""
-    alpha: float = 0.9
-    """α, weight of the average log-prob in the teacher's score; 1 drops the filter (playground; released code: 0)"""
-    num_answers: int = 4
-    """n, answers to learn from per prompt, in all rounds together (released code: 4)"""
-    rounds: int = 1
-    """k, rounds of n/k answers by the newest student, which share the --num_epochs (paper, section 4.4)"""
-    num_samples: int = 5
-    """answers sampled per prompt in a round, of which the most different are kept (released code: 5)"""
-    sample_temperature: float = 1.0
-    """of these answers (released code: 1, from a nucleus of 0.95; paper: 0.8)"""
-    swap_order: bool = False
-    """ask about two answers in both orders, against the judge's position bias (ours; paper and code: one order)"""
-    max_rows: int = 1400
-    """the first rows of --data, whose prompts are used (playground); 0 takes all"""
+    output_dir: str = ""
+    """folder of this run (runs/<script>__<seed>__<time>, if empty)"""
+    resume: str = ""
+    """folder of a run that was interrupted; it goes on with the flags it had"""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """where metrics go besides metrics.jsonl"""
 
 
-JUDGE = "Request: {prompt}\nAnswer A: {a}\nAnswer B: {b}\nWhich answer is better? Reply with A, B or None."
+# --------------------------------------------------------------------------------------- terms of L
+def pad_terms(
+    examples: list[Example], student: LM, vocab_size: int, args: Args
+) -> dict[str, torch.Tensor]:
+    """The one term of L, [B]: how far the student's ranking is from the teacher's. It should fall.
+
+    An example's responses are its n answers. Its row is a line of scores_<round>.jsonl, with what
+    the teacher said of them (`judge_answers`).
+    """
+    # (1/|y|) Σ_t log π_θ(y_t|s_t)
+    logps = average_logps(examples, student, vocab_size=vocab_size, chunk_size=args.logits_chunk)
+    s_student = logps.view(len(examples), -1)  # [B, n]
+    # α (1/|y|) Σ_t log π_T(y_t|s_t) + (1 − α) s_mcq
+    s_teacher = scores_of_rows([example.row for example in examples], args.alpha)  # [B, n]
+    s_teacher = s_teacher.to(s_student)
+
+    # Both functions are looked up by name: studies/released.py puts another one in ppd's place.
+    if args.loss == "ppd":
+        divergence = ppd(args.beta * s_student, args.beta * s_teacher)
+    elif args.loss == "vpd":
+        divergence = vpd(args.beta * s_student, args.beta * s_teacher)
+    return {"ranking": divergence}
 
 
-# ------------------------------------------------------------------------------------------------------ mathematics
-def edit_distance(a, b) -> int:
-    """The fewest insertions, deletions and replacements that turn one sequence into the other (Levenshtein)."""
-    row = list(range(len(b) + 1))  # from nothing to the first j of b
-    for i, item in enumerate(a, 1):
-        best = [
-            min(row[j] + (item != other), row[j + 1] + 1) for j, other in enumerate(b)
-        ]  # keep, replace or delete
-        row = list(
-            itertools.accumulate(best, lambda left, other: min(left + 1, other), initial=i)
-        )  # or insert
-    return row[-1]
-
-
-def most_different(sequences: list, n: int) -> list:
-    """n of them, if there are so many: the first, then each time the one whose nearest taken one is farthest."""
-    taken = sequences[:1]
-    for _ in sequences[1:n]:
-        taken.append(
-            max(sequences, key=lambda one: min(edit_distance(one, other) for other in taken))
-        )
-    return taken
-
-
-def judgements(
-    p_a: torch.Tensor, p_b: torch.Tensor, pairs: list[tuple[int, int]], n: int
+def average_logps(
+    examples: list[Example], lm: LM, *, vocab_size: int, chunk_size: int
 ) -> torch.Tensor:
-    """[B, n]: s_mcq(i) = log( (1e-8 + Σ_{pairs∋i} p(i)) / (n − 1) ) from p(A) and p(B) [B, pairs], where `pairs` says
-    which answers were A and B. If both orders of two answers are among them, p(i) is the mean of both."""
-    a, b = torch.tensor(pairs, device=p_a.device).unbind(-1)
-    sums = p_a.new_zeros(len(p_a), n).index_add(1, a, p_a).index_add(1, b, p_b)
-    return ((1e-8 + sums * math.comb(n, 2) / len(pairs)) / (n - 1)).log()
+    """[R]: (1/|y|) Σ_t log p(y_t|s_t) of every response, with its end-of-sequence token."""
+    batch = pack(examples, lm)
+    logps = per_token(
+        token_logps,
+        batch.target_ids,
+        [lm],
+        [lm.hidden_states(batch)[batch.predict_index]],
+        vocab_size=vocab_size,
+        chunk_size=chunk_size,
+    )
+    # A token of probability 0 counts −10,000. With −∞ an α of 0 would make NaN of the score.
+    return mean_per_response(logps.clamp(min=-1e4), batch)
 
 
-def ranking_logps(scores: torch.Tensor) -> torch.Tensor:
-    """[B, n!]: log P(τ) = Σ_k [s_τ(k) − log Σ_{j≥k} exp(s_τ(j))] of all rankings of scores [B, n], theirs first."""
-    ranked = scores[:, list(itertools.permutations(range(scores.shape[1])))]  # [B, n!, n]
-    return (ranked - ranked.flip(-1).logcumsumexp(-1).flip(-1)).sum(-1)
+def scores_of_rows(rows: list[dict], alpha: float) -> torch.Tensor:
+    """[B, n]: the teacher's scores of the answers in rows of stage 2, from what it said of them."""
+    logps = torch.tensor([row["average_logp"] for row in rows], dtype=torch.float64)
+    judgement = torch.tensor([row["judgement"] for row in rows], dtype=torch.float64)
+    return teacher_scores(logps, judgement.log(), alpha)
 
 
-def ppd(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """[B]: JSD of the distributions over rankings that scores [B, n] and [B, n] define, between 0 and log 2."""
-    ours, theirs = ranking_logps(student), ranking_logps(teacher)  # [B, n!]
-    mixture = torch.logaddexp(ours, theirs) - math.log(2)
-    return (ours.exp() * (ours - mixture) + theirs.exp() * (theirs - mixture)).sum(-1) / 2
+# ---------------------------------------------------------------- stage 1: answers of the student
+def sample_diverse(rows: list[dict], seed: int, student: LM, n: int, args: Args) -> list[dict]:
+    """{"answers": [...]} for every row: of --num_samples answers to its prompt the n that differ
+    most, or fewer where there are not so many."""
+    samples = student.sample(
+        [student.prompt_ids(row["prompt"]) for row in rows],
+        n=args.num_samples,
+        temperature=args.sample_temperature,
+        max_new_tokens=args.max_response_tokens,
+        batch_size=args.sample_batch_size,
+        seed=seed,
+    )
+    results = []
+    for answers in samples:
+        # Answers of the same tokens count once. An empty answer that was cut off has no token to
+        # score.
+        by_tokens = {}
+        for answer in answers:
+            tokens = tuple(student.plain_ids(answer["text"]))
+            if tokens or answer["finished"]:
+                by_tokens[tokens] = answer
+        selected = select_diverse(list(by_tokens), n)
+        results.append({"answers": [by_tokens[tokens] for tokens in selected]})
+    return results
 
 
-def vpd(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """[B]: −log P_student(τ*), τ* the descending order of the teacher's scores; from [B, n] and [B, n]."""
-    return -ranking_logps(student.gather(-1, teacher.argsort(-1, descending=True)))[:, 0]
+# ------------------------------------------------------------------ stage 2: what the teacher says
+# The playground's teacher was trained on exactly this text. If it changes, the teacher must be
+# built again (playground/build.py).
+JUDGE_PROMPT = (
+    "Request: {prompt}\nAnswer A: {a}\nAnswer B: {b}\n"
+    "Which answer is better? Reply with A, B or None."
+)
 
 
-# ------------------------------------------------------------------------------------------------------------- main
+def judge_answers(rows: list[dict], teacher: LM, args: Args) -> list[dict]:
+    """The answers of every row, and what the teacher says of them: lists of numbers.
+
+    "average_logp", "judgement", which is exp(s_mcq), and "score" have a number for every answer,
+    "p_a" and "p_b" for every question.
+    """
+    n = len(rows[0]["answers"])
+    pairs = question_pairs(n, args.swap_order)
+    p_a, p_b = ask_teacher(rows, pairs, teacher)  # [B, pairs] each
+    judgement = mcq_scores(p_a, p_b, pairs, n).exp()  # [B, n]
+
+    examples = []
+    for row in rows:
+        examples.append(Example(row, *teacher.encode(row["prompt"], row["answers"])))
+    logps = average_logps(
+        examples, teacher, vocab_size=teacher.vocab_size, chunk_size=args.logits_chunk
+    )
+    logps = logps.view(-1, n)  # [B, n]
+
+    results = []
+    for i, row in enumerate(rows):
+        result = {
+            "answers": row["answers"],
+            "average_logp": logps[i].tolist(),
+            "judgement": judgement[i].tolist(),
+            "p_a": p_a[i].tolist(),
+            "p_b": p_b[i].tolist(),
+        }
+        results.append(with_score(result, args.alpha))
+    return results
+
+
+def question_pairs(n: int, swap_order: bool) -> list[tuple[int, int]]:
+    """Which answers are A and B in each question: every two of n, in one order or in both."""
+    if swap_order:
+        return list(itertools.permutations(range(n), 2))
+    return list(itertools.combinations(range(n), 2))
+
+
+def ask_teacher(
+    rows: list[dict], pairs: list[tuple[int, int]], teacher: LM
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """p(A) and p(B), [B, pairs] each: how likely it is that the teacher's reply begins with a token
+    that reads A or B. They are not normalised, so a reply of "None" lowers both."""
+    questions = []
+    for row in rows:
+        for a, b in pairs:
+            question = JUDGE_PROMPT.format(
+                prompt=prompt_text(row["prompt"]),
+                a=row["answers"][a]["text"],
+                b=row["answers"][b]["text"],
+            )
+            ids = teacher.prompt_ids([{"role": "user", "content": question}])
+            # `pack` wants a response, so the question's last token is one. At its position
+            # (`last_index`) the model predicts the first token of its reply.
+            questions.append(Example({}, ids[:-1], [ids[-1:]]))
+    batch = pack(questions, teacher)
+    hidden = teacher.hidden_states(batch)[batch.last_index]  # [B·pairs, H]
+    probs = teacher.logits(hidden, teacher.vocab_size).softmax(-1)  # [B·pairs, V]
+    a_tokens, b_tokens = tokens_that_read("AB", teacher)
+    p_a = probs[:, a_tokens].sum(-1).view(len(rows), -1)
+    p_b = probs[:, b_tokens].sum(-1).view(len(rows), -1)
+    return p_a, p_b
+
+
+# The vocabulary is decoded once, when the first question is asked.
+@cache
+def tokens_that_read(letters: str, teacher: LM) -> list[list[int]]:
+    """For every letter all tokens that are this letter once spaces are stripped."""
+    texts = teacher.tokenizer.batch_decode([[token] for token in range(teacher.vocab_size)])
+    tokens = {letter: [] for letter in letters}
+    for token, text in enumerate(texts):
+        if text.strip() in tokens:
+            tokens[text.strip()].append(token)
+    return list(tokens.values())
+
+
+def with_score(row: dict, alpha: float) -> dict:
+    """The row with the "score" of every answer. It is for readers of the file: training computes it
+    from the other columns."""
+    return {**row, "score": scores_of_rows([row], alpha)[0].tolist()}
+
+
+def given_scores(rows: list[dict], args: Args) -> list[dict]:
+    """What `judge_answers` would return, from rows of --scores."""
+    results = []
+    for row in rows:
+        try:
+            result = read_scores(row)
+        except ValueError as error:
+            stop(f"--scores {args.scores}, row {row['id']}: {error}; found {str(row)[:300]}")
+        results.append(with_score(result, args.alpha))
+    return results
+
+
+def read_scores(row: dict) -> dict:
+    """The answers of a row and the numbers about them. ValueError if they cannot be used."""
+    for answer in row["answers"]:
+        is_sample = isinstance(answer, dict) and {"text", "finished"} <= answer.keys()
+        if not is_sample and not isinstance(answer, str):
+            raise ValueError('an answer must be a text, or {"text": ..., "finished": ...}')
+    result = {"answers": row["answers"]}
+    for column in ("average_logp", "judgement", "p_a", "p_b"):
+        numbers = row.get(column)
+        if not isinstance(numbers, list) or not all(map(is_number, numbers)):
+            raise ValueError(f"a column {column} is needed, a list of numbers")
+        if column in ("average_logp", "judgement") and len(numbers) != len(row["answers"]):
+            raise ValueError(f"the column {column} must have a number for every answer")
+        result[column] = numbers
+    if min(result["judgement"]) <= 0:
+        raise ValueError("the column judgement is exp(s_mcq), so it must be above 0")
+    return result
+
+
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+# ------------------------------------------------------------------------ both stages, for a round
+def make_round(
+    number: int, rows: list[dict], *, student: LM, teacher: LM, args: Args, run_dir: Path
+) -> tuple[list[Example], dict[str, float]]:
+    """Stages 1 and 2 of round 1, 2, ...: the examples to train on, and metrics about the judge.
+
+    The rows are prompts. Each round has files of its own: samples_1.jsonl and scores_1.jsonl,
+    samples_2.jsonl and scores_2.jsonl, ...
+    """
+    n = args.num_answers // args.rounds
+    if args.scores and number == 1:
+        # The rows came with answers, and with what the teacher of another run said of them.
+        answered = rows
+        add_scores = partial(given_scores, args=args)
+    else:
+        # `cached_map` adds the index of a batch's first row to the seed. So evaluations use the
+        # seeds from args.seed on, round 1 those from args.seed + len(rows) on, and so forth.
+        answered = cached_map(
+            run_dir / f"samples_{number}.jsonl",
+            rows,
+            partial(sample_diverse, student=student, n=n, args=args),
+            args.sample_batch_size,
+            args.seed + number * len(rows),
+        )
+        add_scores = partial(judge_answers, teacher=teacher, args=args)
+    answered = [row for row in answered if len(row.get("answers") or []) == n]
+    # n answers are in n (n − 1) / 2 questions, which repeat the prompt. With an n-th of the prompts
+    # a batch of the teacher is about as large as a micro-batch of training.
+    scored = cached_map(
+        run_dir / f"scores_{number}.jsonl",
+        answered,
+        add_scores,
+        max(1, args.micro_batch_size // n),
+    )
+    kept = [row for row in scored if passes_filter(row, args.alpha)]
+
+    charts = judge_charts(scored)
+    charts["charts/judge_kept"] = len(kept) / len(rows)
+    print(
+        f"round {number}: {n} answers differ for {len(scored)} of {len(rows)} prompts, "
+        f"{len(kept)} kept; judge: p(A) + p(B) {charts['charts/judge_mass']}, "
+        f"p(A) {charts['charts/judge_p_a']}"
+    )
+    # `encode_rows` reads columns of a row, so every answer gets one. It drops rows with an answer
+    # that is too long.
+    columns = [f"answer {i}" for i in range(n)]
+    kept = [{**row, **dict(zip(columns, row["answers"]))} for row in kept]
+    return encode_rows(student, kept, columns, args, f"examples of round {number}"), charts
+
+
+def passes_filter(row: dict, alpha: float) -> bool:
+    """Whether a prompt is learned from: some answer wins more than half of its questions, so that
+    exp(s_mcq) is above ½, and some answer does not. With α = 1, where no judgement enters the
+    score, every prompt is.
+
+    Of the judge's own answers the second half is always true, because p(A) + p(B) is at most 1. It
+    is the paper's rule, and matters for --scores of other programs.
+    """
+    if alpha == 1:
+        return True
+    return min(row["judgement"]) <= 0.5 < max(row["judgement"])
+
+
+def judge_charts(rows: list[dict]) -> dict[str, float]:
+    """The means of p(A) + p(B) and of p(A) over all questions, NaN if there is none."""
+    p_a = []
+    p_b = []
+    for row in rows:
+        p_a += row["p_a"]
+        p_b += row["p_b"]
+    mean_p_a = torch.tensor(p_a).mean().item()
+    mean_p_b = torch.tensor(p_b).mean().item()
+    mass = mean_p_a + mean_p_b
+    return {"charts/judge_mass": round(mass, 4), "charts/judge_p_a": round(mean_p_a, 4)}
+
+
+def check_answers(args: Args):
+    """Ends the program if the flags ask for answers that cannot be sampled, scored or ranked."""
+    n = args.num_answers // max(1, args.rounds)
+    per_round = f"--num_answers {args.num_answers} / --rounds {args.rounds}"
+    if n * args.rounds != args.num_answers:
+        stop(f"{per_round} must be a whole number")
+    if not 2 <= n <= 6:
+        stop(f"{per_round} must be 2 to 6, because n answers have n! rankings")
+    if args.num_samples < n:
+        stop(f"--num_samples {args.num_samples} must be at least {n}, the answers of a round")
+    if args.alpha > 1:
+        stop(f"--alpha {args.alpha} must be at most 1")
+
+
+# --------------------------------------------------------------- models, sampling and evaluation
+def load_models(args: Args, device: torch.device) -> tuple[LM, LM]:
+    """The student and the teacher."""
+    student = LM(
+        args.student,
+        device,
+        trainable=True,
+        gradient_checkpointing=args.gradient_checkpointing,
+        trust_remote_code=args.trust_remote_code,
+    )
+    teacher = LM(args.teacher, device, trust_remote_code=args.trust_remote_code)
+    return student, teacher
+
+
+def respond(rows: list[dict], seed: int, lm: LM, temperature: float, args: Args) -> list[dict]:
+    """One response {"text", "finished"} of `lm` to the prompt of every row."""
+    samples = lm.sample(
+        [lm.prompt_ids(row["prompt"]) for row in rows],
+        temperature=temperature,
+        max_new_tokens=args.max_response_tokens,
+        batch_size=args.sample_batch_size,
+        seed=seed,
+    )
+    return [responses[0] for responses in samples]
+
+
+def evaluate(rows: list[dict], seed: int, lm: LM, reward_fn, args: Args) -> list[dict]:
+    """One response of `lm` to the prompt of every row, with its "reward"."""
+    responses = respond(rows, seed, lm, args.eval_temperature, args)
+    prompts = [row["prompt"] for row in rows]
+    rewards = reward_fn(prompts, [response["text"] for response in responses])
+    return [{**response, "reward": reward} for response, reward in zip(responses, rewards)]
+
+
+# --------------------------------------------------------------------------------------------- main
 def main(args: Args):
-    # ----------------------------------------------------------------------------------------------- the run folder
-    for name, value in vars(args).items():
-        least = (
-            1
-            if name.endswith(("_size", "_epochs", "_every", "_tokens", "_prompts", "_chunk"))
-            else 0
-        )
-        if type(value) in (int, float) and not least <= value < math.inf:
-            stop(f"--{name} {value} must be a number of at least {least}")
     started = time.time()
-    run = Path(args.resume or args.output_dir or f"runs/pad__{args.seed}__{int(started)}")
-    if args.resume:  # a run goes on with the flags it began with
-        if args != Args(resume=args.resume) or not (run / "args.json").exists():
-            stop(
-                f"--resume {run} takes the folder of a run, which holds all flags, and no other flag"
-            )
-        with clearly(f"resume {run}"):
-            args = Args(**{**json.loads((run / "args.json").read_text()), "overwrite": False})
-    elif (
-        run.exists()
-        and any(run.iterdir())
-        and not (args.overwrite and (run / "args.json").exists())
-    ):
-        stop(
-            f"{run} is not empty; --resume the run in it, --overwrite it, or choose another --output_dir"
+    args, run_dir = open_run(args, "pad")
+    flags = ["beta", "alpha", "num_answers", "rounds", "num_samples", "sample_temperature"]
+    check_flags(args, at_least_0=[*flags, "max_rows"])
+    check_answers(args)
+
+    # ------------------------------------------------------------------------------ models and data
+    device = choose_device(args.device)
+    student, teacher = load_models(args, device)
+    reward_fn = load_reward_function(args.reward, device, args.trust_remote_code)
+    train_rows = read_rows(args.scores or args.data, args.data_split, columns=())
+    if args.max_rows:
+        train_rows = train_rows[: args.max_rows]
+    eval_rows = read_rows(args.eval_data, args.eval_split, columns=())
+    prompts = encode_rows(student, train_rows, [], args, "training prompts")
+    held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")
+    train_rows = [example.row for example in prompts]
+    eval_rows = [example.row for example in held_out[: args.eval_prompts]]
+    save_flags(run_dir, args)
+
+    # ------------------------------------------------------------------------ evaluation at step 0
+    # It comes before a checkpoint is read, so that "before" is the untrained student in every run.
+    def evaluate_once(lm: LM, name: str) -> list[dict]:
+        """Evaluates a model and keeps the responses in eval_<name>.jsonl."""
+        return cached_map(
+            run_dir / f"eval_{name}.jsonl",
+            eval_rows,
+            partial(evaluate, lm=lm, reward_fn=reward_fn, args=args),
+            args.sample_batch_size,
+            args.seed,
         )
 
-    # ---------------------------------------------------------------------------------------------- models and data
-    n = args.num_answers // max(args.rounds, 1)  # answers of a prompt in a round
-    if not 2 <= n <= 6 or n * args.rounds != args.num_answers:
-        stop(
-            f"--num_answers {args.num_answers} / --rounds {args.rounds} must be 2 to 6 (n! rankings): try more rounds"
-        )
-    if args.num_samples < n or args.alpha > 1:
-        stop(
-            f"--num_samples {args.num_samples} must be at least {n}, --alpha {args.alpha} at most 1"
-        )
-    with clearly(f"use --device {args.device}"):
-        device = torch.empty(
-            0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        ).device
-    student = LM(args.student, device, True, args.gradient_checkpointing, args.trust_remote_code)
-    teacher = LM(args.teacher, device, remote_code=args.trust_remote_code)
-    judge = common.load_reward(args.reward, device, args.trust_remote_code)
-    limits = args.max_prompt_tokens, args.max_response_tokens
-    prompts = read_rows(args.scores or args.data, args.data_split, ())[: args.max_rows or None]
-    prompts = [example.row for example in make_examples(student, prompts, (), *limits)]
-    held_out = make_examples(student, read_rows(args.eval_data, args.eval_split, ()), (), *limits)
-    held_out = [example.row for example in held_out[: args.eval_prompts]]
-    if args.overwrite and run.resolve() in Path(args.scores).resolve().parents:
-        stop(f"--overwrite would remove --scores {args.scores}; choose another --output_dir")
-    if args.overwrite:  # only now: a run that cannot start replaces nothing
-        shutil.rmtree(run, ignore_errors=True)
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "args.json").write_text(json.dumps(vars(args), indent=1))
+    eval_before = evaluate_once(student, "before")
+    eval_teacher = evaluate_once(teacher, "teacher")
 
-    # ----------------------------------------------------------------------------------------- sampling, evaluation
-    def answer(lm: LM, temperature: float, rows: list[dict], number: int) -> list[dict]:
-        """One answer {"text", "finished"} of `lm` to the prompt of every row; `number` is the first row's."""
-        prompts = [lm.encode(row["prompt"])[0] for row in rows]
-        how = {
-            "temperature": temperature,
-            "max_new_tokens": args.max_response_tokens,
-            "seed": args.seed + number,
-        }
-        return [
-            answers[0] for answers in lm.sample(prompts, batch_size=args.sample_batch_size, **how)
-        ]
-
-    def evaluate(lm: LM, rows: list[dict] = held_out, number: int = 0) -> list[dict]:
-        """The same on held-out prompts, with the judge's reward."""
-        answers = answer(lm, args.eval_temperature, rows, number)
-        rewards = judge([row["prompt"] for row in rows], [answer["text"] for answer in answers])
-        return [{**answer, "reward": reward} for answer, reward in zip(answers, rewards)]
-
-    def mean_reward(answers: list[dict]) -> float:
-        return statistics.mean(answer["reward"] for answer in answers)
-
-    before = stage(
-        run / "eval_before.jsonl", held_out, partial(evaluate, student), args.sample_batch_size
+    # ------------------------------------------------- stages 1 and 2: answers and their scores
+    new_round = partial(
+        make_round, rows=train_rows, student=student, teacher=teacher, args=args, run_dir=run_dir
     )
-    aligned = stage(
-        run / "eval_teacher.jsonl", held_out, partial(evaluate, teacher), args.sample_batch_size
-    )
+    round_number = 1
+    examples, judge_values = new_round(round_number)
 
-    # ------------------------------------------------------------- stages 1 and 2 of a round: answers and their scores
-    def sample(turn: int, rows: list[dict], number: int) -> list[dict]:
-        """Of `num_samples` answers to the prompt of every row the n most different; fewer if there are not so many."""
-        how = {
-            "n": args.num_samples,
-            "temperature": args.sample_temperature,
-            "batch_size": args.sample_batch_size,
-        }
-        how |= {
-            "max_new_tokens": args.max_response_tokens,
-            "seed": args.seed + turn * len(prompts) + number,
-        }
-        several = student.sample([student.encode(row["prompt"])[0] for row in rows], **how)
-        texts = [
-            {tuple(student.tokenizer(said["text"]).input_ids): said for said in answers}
-            for answers in several
-        ]
-        return [
-            {"answers": [said[text] for text in most_different(list(said), n)]} for said in texts
-        ]
-
-    def average_logps(lm: LM, examples: list[Example]) -> torch.Tensor:
-        """[B, n]: (1/|y|) Σ_t log p(y_t|s_t) of n answers each. A token that the model excludes does not make it −∞."""
-        batch = pack(examples, lm)
-        scored = [(lm, lm.hidden_states(batch)[batch.source])]
-        logps = common.per_token(
-            common.target_logps, batch.target_ids, scored, lm.vocab_size, args.logits_chunk
-        )
-        return common.response_means(logps.clamp(min=-1e4), batch.response_of, batch.lengths).view(
-            -1, n
-        )
-
-    pairs = list(
-        (itertools.permutations if args.swap_order else itertools.combinations)(range(n), 2)
-    )
-    letters = [
-        [i for i in range(teacher.vocab_size) if teacher.tokenizer.decode([i]).strip() == x]
-        for x in "AB"
-    ]
-
-    def weigh(rows: list[dict], _) -> list[dict]:
-        """What the teacher said of answers, with the score that this run's α makes of it."""
-        kept = ("answers", "average_logp", "judgement", "p_a", "p_b")
-        with clearly(f"rank answers by the columns {kept} of {args.scores or 'stage 2'}"):
-            rows = [{name: row[name] for name in kept} for row in rows]
-            for row in rows:
-                said = zip(row["average_logp"], row["judgement"], row["answers"], strict=True)
-                row["score"] = [
-                    args.alpha * logp + (1 - args.alpha) * math.log(judged)
-                    for logp, judged, _ in said
-                ]
-        return rows
-
-    def ask(rows: list[dict], number: int) -> list[dict]:
-        """Of every answer the average log-prob, exp(s_mcq) and score; of every question p(A) and p(B)."""
-        questions = []
-        for row in rows:
-            request, texts = (
-                "\n".join(t["content"] for t in row["prompt"]),
-                [said["text"] for said in row["answers"]],
-            )
-            questions += [JUDGE.format(prompt=request, a=texts[a], b=texts[b]) for a, b in pairs]
-        ids = [teacher.encode([{"role": "user", "content": question}])[0] for question in questions]
-        batch = pack([Example({}, question[:-1], [question[-1:]]) for question in ids], teacher)
-        probs = teacher.logits(
-            teacher.hidden_states(batch)[batch.last], teacher.vocab_size
-        ).softmax(-1)  # [B·pairs, V]
-        p_a, p_b = (
-            probs[:, tokens].sum(-1).view(len(rows), -1) for tokens in letters
-        )  # [B, pairs]
-        logps = average_logps(
-            teacher, [Example(row, *teacher.encode(row["prompt"], row["answers"])) for row in rows]
-        )
-        said = {
-            "average_logp": logps,
-            "judgement": judgements(p_a, p_b, pairs, n).exp(),
-            "p_a": p_a,
-            "p_b": p_b,
-        }
-        return weigh(
-            [row | {k: v[i].tolist() for k, v in said.items()} for i, row in enumerate(rows)],
-            number,
-        )
-
-    def make_round(turn: int) -> tuple[list[Example], dict[str, float]]:
-        """The examples of a round, and what is logged of the judge."""
-        rows, score = (
-            prompts,
-            weigh if args.scores and turn == 1 else ask,
-        )  # --scores has answers and what was said
-        if score is ask:
-            rows = stage(
-                run / f"samples_{turn}.jsonl",
-                prompts,
-                partial(sample, turn),
-                args.sample_batch_size,
-            )
-        rows = [row for row in rows if len(row.get("answers", ())) == n]
-        rows = stage(run / f"scores_{turn}.jsonl", rows, score, args.micro_batch_size // n or 1)
-        kept = [
-            row
-            for row in rows
-            if args.alpha == 1 or min(row["judgement"]) <= 0.5 < max(row["judgement"])
-        ]
-        p_a, p_b = (
-            torch.tensor([p for row in rows for p in row[name]]).mean().item()
-            for name in ("p_a", "p_b")
-        )
-        judged = {
-            "mass": round(p_a + p_b, 4),
-            "p_a": round(p_a, 4),
-            "kept": len(kept) / len(prompts),
-        }
-        print(
-            f"round {turn}: {n} answers differ for {len(rows)} of {len(prompts)} prompts, {len(kept)} kept; {judged}"
-        )
-        kept = [row | dict(enumerate(row["answers"])) for row in kept]
-        return make_examples(student, kept, range(n), *limits), {
-            f"charts/judge_{k}": v for k, v in judged.items()
-        }
-
-    examples, judged = make_round(1)
-
-    # ---------------------------------------------------------------------------------------------------- optimiser
+    # ------------------------------------------------------------------------------------ optimiser
+    # One schedule spans all rounds. Its epochs are passes over the prompts of the first round.
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     total_steps = args.max_steps or args.num_epochs * steps_per_epoch
+    steps_per_round = math.ceil(total_steps / args.rounds)
+    if (args.rounds - 1) * steps_per_round >= total_steps:
+        stop(f"{total_steps} steps are too few for --rounds {args.rounds}")
     optimizer = torch.optim.AdamW(
         student.model.parameters(), args.learning_rate, weight_decay=args.weight_decay
     )
-    scheduler = get_cosine_schedule_with_warmup(
-        optimizer, math.ceil(args.warmup_ratio * total_steps), total_steps
-    )
-    parts = {"model": student.model, "optimizer": optimizer, "scheduler": scheduler}
-    first_step = load_checkpoint(run / "checkpoint.pt", **parts)
-    metrics = run / "metrics.jsonl"
-    logged = (
-        metrics.read_text().split("\n")[:-1] if first_step else []
-    )  # not what a kill left behind the last break
-    metrics.write_text(
-        "".join(line + "\n" for line in logged if json.loads(line)["step"] <= first_step)
-    )
-    if args.track == "wandb":
-        import wandb
+    warmup_steps = math.ceil(args.warmup_ratio * total_steps)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps)
+    state = {"model": student.model, "optimizer": optimizer, "scheduler": scheduler}
+    counts = {"tokens": 0, "seconds": 0.0}  # of training so far, kept in the checkpoint
+    first_step = load_checkpoint(run_dir / "checkpoint.pt", counts, **state)
+    metrics = Metrics(run_dir, args, first_step)
 
-        wandb.init(project="prefdistill", name=run.name, config=vars(args), sync_tensorboard=True)
-    if args.track != "none":
-        from torch.utils.tensorboard import SummaryWriter
+    # ------------------------------------------------------------------------------------- training
+    steps = range(first_step, total_steps)
+    for step in tqdm(steps, initial=first_step, total=total_steps, desc="training"):
+        finished_rounds, step_of_round = divmod(step, steps_per_round)
+        if round_number != finished_rounds + 1:
+            # A later round begins, or a run is resumed in it. The student that answers now is saved
+            # first: a run that is killed while it answers must go on with the same student. What
+            # was sampled and scored before the kill is read from the files of the round.
+            save_checkpoint(run_dir / "checkpoint.pt", step, counts, **state)
+            round_number = finished_rounds + 1
+            examples, judge_values = new_round(round_number)
 
-        tracker = SummaryWriter(str(run))
-
-    # ----------------------------------------------------------------------------------------------------- training
-    seconds, tokens, distance = 0.0, 0, {"ppd": ppd, "vpd": vpd}[args.loss]
-    for step in tqdm(
-        range(first_step, total_steps), initial=first_step, total=total_steps, desc="training"
-    ):
-        turn, place = divmod(step, math.ceil(total_steps / args.rounds))
-        if turn and (place == 0 or step == first_step):
-            save_checkpoint(run / "checkpoint.pt", step, **parts)  # of the student that answers now
-            examples, judged = make_round(turn + 1)
-        tick, losses = time.time(), Counter()
-        epoch, place = divmod(place, math.ceil(len(examples) / args.batch_size))
-        order = torch.randperm(
-            len(examples), generator=torch.Generator().manual_seed(args.seed + epoch)
-        ).tolist()
-        drawn = [
-            examples[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]
-        ]
-        for start in range(0, len(drawn), args.micro_batch_size):
-            micro = drawn[start : start + args.micro_batch_size]
-            ours = average_logps(student, micro)  # [B, n]
-            theirs = torch.tensor([example.row["score"] for example in micro]).to(ours)  # [B, n]
-            loss = distance(args.beta * ours, args.beta * theirs).sum() / len(drawn)
+        step_started = time.time()
+        step_batch = step_examples(examples, step_of_round, args.batch_size, args.seed)
+        losses = {"total": 0.0}
+        for start in range(0, len(step_batch), args.micro_batch_size):
+            micro_batch = step_batch[start : start + args.micro_batch_size]
+            terms = pad_terms(micro_batch, student, student.vocab_size, args)
+            # Divided by the examples of the whole step, so that the micro-batch size changes
+            # memory and nothing else.
+            loss = terms["ranking"].sum() / len(step_batch)
             loss.backward()
-            losses.update({"total": loss.item()})
-            tokens += sum(len(response) for example in micro for response in example.responses)
+            losses["total"] += loss.item()
 
-        # ------------------------------------------------------------------------------------------- optimiser step
         grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), args.max_grad_norm)
-        if not math.isfinite(losses["total"] + grad_norm):
-            ids, what = (
-                [example.row["id"] for example in drawn],
-                f"loss {losses['total']}, gradient norm {grad_norm}",
-            )
-            stop(f"{what} in step {step} on rows {ids}; {run} keeps the checkpoint before it")
+        if not math.isfinite(losses["total"]) or not math.isfinite(grad_norm):
+            row_ids = [example.row["id"] for example in step_batch]
+            numbers = f"loss {losses['total']}, gradient norm {grad_norm}"
+            stop(f"{numbers} in step {step} on rows {row_ids}")
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
+        for example in step_batch:
+            counts["tokens"] += sum(len(response) for response in example.response_ids)
+        counts["seconds"] += time.time() - step_started
 
-        # -------------------------------------------------------------------------------- log, evaluate, checkpoint
-        done, row = step + 1, {}
-        seconds += time.time() - tick
-        if done % args.log_every == 0 or done == total_steps:
-            row = {f"losses/{name}": value for name, value in losses.items()}
-            row |= {
-                "charts/learning_rate": scheduler.get_last_lr()[0],
-                "charts/grad_norm": grad_norm.item(),
-            }
-            row |= {
-                "charts/epoch": done / steps_per_epoch,
-                "charts/tokens_per_second": tokens / seconds,
-            }
-            row["charts/tokens"] = (
-                tokens / (done - first_step) * done
-            )  # of the whole run, also when it was resumed
-            row |= judged
-        if done % args.eval_every == 0 or done == total_steps:
-            row["eval/reward"] = mean_reward(evaluate(student))
-        if row:
-            with metrics.open("a") as file:
-                file.write(json.dumps({"step": done, **row}) + "\n")
-            for key, value in row.items() if args.track != "none" else ():
-                tracker.add_scalar(key, value, done)
-        if done % args.save_every == 0 or done == total_steps:
-            save_checkpoint(run / "checkpoint.pt", done, **parts)
+        # --------------------------------------------------------------- log, evaluate, checkpoint
+        done = step + 1
+        is_last = done == total_steps
+        values = {}
+        if done % args.log_every == 0 or is_last:
+            values["losses/total"] = losses["total"]
+            values["charts/learning_rate"] = scheduler.get_last_lr()[0]
+            values["charts/grad_norm"] = grad_norm.item()
+            values["charts/epoch"] = done / steps_per_epoch
+            values["charts/tokens"] = counts["tokens"]
+            values["charts/tokens_per_second"] = counts["tokens"] / counts["seconds"]
+            values.update(judge_values)
+        if is_last:
+            values["eval/reward"] = mean_reward(evaluate_once(student, "after"))
+        elif done % args.eval_every == 0:
+            values["eval/reward"] = mean_reward(
+                evaluate(eval_rows, args.seed, student, reward_fn, args)
+            )
+        if values:
+            metrics.log(done, values)
+        if done % args.save_every == 0 or is_last:
+            save_checkpoint(run_dir / "checkpoint.pt", done, counts, **state)
 
-    # ------------------------------------------------------------------------------------------------------ results
-    after = stage(
-        run / "eval_after.jsonl", held_out, partial(evaluate, student), args.sample_batch_size
-    )
-    with clearly(f"write {run / 'model'}"):
-        student.model.save_pretrained(run / "model")
-        student.tokenizer.save_pretrained(run / "model")
-    wins = [
-        (new["reward"] > old["reward"]) + (new["reward"] == old["reward"]) / 2
-        for new, old in zip(after, before)
-    ]
-    memory = (
-        torch.cuda.max_memory_allocated()
-        if device.type == "cuda"
-        else 1024 * resource.getrusage(0).ru_maxrss
-    )
-    summary = {
-        "reward_before": mean_reward(before),
-        "reward_after": mean_reward(after),
-        "reward_teacher": mean_reward(aligned),
-        "win_rate": statistics.mean(wins),
-        "win_rate_stderr": statistics.pstdev(wins) / len(wins) ** 0.5,
-        "seconds": time.time() - started,
-        "tokens_per_second": tokens / max(seconds, 1e-9),
-        "peak_memory_bytes": memory,
-        "seed": args.seed,
-        "device": str(device),
-        **{
-            name: importlib.metadata.version(name)
-            for name in ("torch", "transformers", "datasets", "tyro")
-        },
-    }
-    (run / "summary.json").write_text(json.dumps(summary, indent=1))
-    answers = [
-        {"before": old, "after": new, "teacher": best}
-        for old, new, best in zip(before, after, aligned)
-    ]
-    (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in answers))
-    for sample in answers[:4]:
-        print(f"\n{sample['before']['prompt'][-1]['content']}")
-        for name, said in sample.items():
-            print(f"  {name:<8}{said['reward']:6.2f}   {said['text']}")
-    print(
-        "\n"
-        + ", ".join(
-            f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float)
-        )
-    )
-    print(f"everything is in {run}, the model in {run / 'model'}")
+    # -------------------------------------------------------------------------------------- results
+    eval_after = evaluate_once(student, "after")
+    save_model(student, run_dir / "model")
+    results = compare_rewards(eval_before, eval_after, eval_teacher)
+    results["seconds"] = time.time() - started
+    save_summary(run_dir, results, counts, args)
+    print_samples({"before": eval_before, "after": eval_after, "teacher": eval_teacher})
+    print_summary(run_dir, results)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except OSError as error:  # a full disk, a folder without permission
-        stop(
-            f"{error}; complete stages and checkpoints are kept: --resume the run when this is mended"
-        )
+    args = tyro.cli(Args, description=__doc__)
+    with exit_in_one_line(args):
+        main(args)

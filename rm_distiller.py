@@ -1,618 +1,955 @@
-"""RM-Distiller: a reward model distilled from a generative teacher (2026, arXiv 2601.14032).
+r"""RM-Distiller: a reward model distilled from a generative teacher (2026, arXiv 2601.14032).
 
-The teacher scores two answers, edits the worse one, y_l, to a better one, y_w*, and scores that. The gain is the margin
-m of the reward r, a linear head on the last hidden state; on its own answer y_T the backbone stays a language model:
+A teacher that only says which of two answers is better wastes most of what it knows. Here it gives
+three things. It edits the worse answer y_l to a better one, y_w*, so that the two differ in what
+matters and in nothing else. It scores both from 1 to 10, and the points m that the edit gains are
+a margin for the rewards. Its own answer y_T keeps the backbone a language model. The reward r is a
+linear head on the hidden state of an answer's last token. With s_t = (x, y_T,<t),
 
-    L = (r(x, y_w*) − r(x, y_l) − c m)² + (1/|y_T|) Σ_t [κ KL(π_teacher(·|s_t) ‖ π_θ(·|s_t)) − ν log π_θ(y_T,t|s_t)].
+    L = ( r(x, y_w*) − r(x, y_l) − c m )²
+        + κ (1/|y_T|) Σ_t KL( π_T(·|s_t) ‖ π_θ(·|s_t) )
+        − ν (1/|y_T|) Σ_t log π_θ(y_T,t|s_t).
 
-Stages: the teacher (1) answers, (2) scores two answers, (3) edits one, (4) scores the edit; (5) training; evaluation.
-Simplified: one GPU, no dropout. The paper's code pulls every margin to the mean of its batch: docs/rm_distiller.md.
+y_l is the one of the data's two answers that the teacher scores lower, whatever the data says. It
+is edited with y_T as the model of a good answer. In the files the symbols are columns:
 
-    python rm_distiller.py                                  # the playground: a CPU, about a minute
-    python rm_distiller.py --student Qwen/Qwen2.5-3B-Instruct --teacher Qwen/Qwen2.5-14B-Instruct --data <pairs> \\
-        --eval_data <pairs> --learning_rate 1e-5 --micro_batch_size 2 --max_response_tokens 1024 --best_of 0  # one GPU
+    y_l  rejected     y_w  chosen     y_w*  refined     y_T  teacher     m  margin
+
+`--no-refine` takes the better answer y_w as it is for y_w*, and m is what y_w has over y_l.
+`--no-margin` takes Bradley-Terry, −log σ( r(x, y_w*) − r(x, y_l) ), for the first line.
+
+Stages: the teacher (1) answers every prompt, (2) scores the two answers of the data, (3) edits the
+worse one, (4) scores the edit; (5) training; (6) evaluation, which is how often r orders held-out
+pairs right, and the reward of the answer that r picks out of several. Simplified: one GPU, and with
+κ > 0 the teacher runs in every step. The paper's code pulls every margin to the mean of its batch:
+docs/rm_distiller.md lists all departures.
+
+    python rm_distiller.py                          # the playground: a CPU, about a minute
+    python rm_distiller.py --student Qwen/Qwen2.5-3B-Instruct --teacher Qwen/Qwen2.5-14B-Instruct \
+        --data <pairs> --eval_data <pairs> --learning_rate 1e-5 --micro_batch_size 2 \
+        --max_response_tokens 1024 --best_of 0                                      # one GPU
+
+Read part 2 of common.py for `pack` and `per_token`. `pack` lists the response tokens alone, each
+with the position before it, which predicts it. So no prompt token reaches a loss, and the shift is
+done. Frozen models run without gradient. What is sampled or scored goes through `cached_map` (part
+4), which calls function(rows, seed) and returns the rows with the results. Shapes: B examples, R
+responses, N response tokens, H hidden size, V vocabulary.
 """
 
 import difflib
-import importlib.metadata
 import json
 import math
 import re
-import resource
-import shutil
 import statistics
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 from tqdm import tqdm
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, get_cosine_schedule_with_warmup
-
-import common
-from common import (
-    LM,
-    Example,
-    clearly,
-    load_checkpoint,
-    make_examples,
-    pack,
-    read_rows,
-    save_checkpoint,
-    stage,
-    stop,
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    get_cosine_schedule_with_warmup,
 )
 
-SCORE = "Request: {asked}\nAnswer A: {%s}\nAnswer B: {%s}\nScore each answer from 1 to 10. Reply as A: score, B: score"
-REFINE = """Request: {asked}\nBetter answer: {teacher[text]}\nWorse answer: {rejected}
-Explain why the second answer is worse, then edit it as little as possible to make it good.
-Reply as Why: reason Edited: answer"""
-RESCORE = """The worse answer was scored {score_rejected:.0f} out of 10. Score the edited answer on the same scale.
-Reply with the score."""
+from common import (
+    LM,
+    Batch,
+    Example,
+    Metrics,
+    cached_map,
+    check_flags,
+    choose_device,
+    encode_rows,
+    exit_in_one_line,
+    load_checkpoint,
+    load_reward_function,
+    mean_per_response,
+    open_run,
+    pack,
+    per_token,
+    print_summary,
+    prompt_text,
+    read_rows,
+    save_checkpoint,
+    save_flags,
+    save_model,
+    save_summary,
+    shared_vocab_size,
+    standard_error,
+    step_examples,
+    stop,
+    token_logps,
+    weighted,
+)
+
+# ------------------------------------------------------------------- what the teacher is asked
+# The playground's teacher was trained on exactly these texts (playground/build.py). If one of them
+# changes, it must be built again.
+SCORE_PROMPT = (
+    "Request: {prompt}\n"
+    "Answer A: {a}\n"
+    "Answer B: {b}\n"
+    "Score each answer from 1 to 10. Reply as A: score, B: score"
+)
+REFINE_PROMPT = (
+    "Request: {prompt}\n"
+    "Better answer: {better}\n"
+    "Worse answer: {worse}\n"
+    "Explain why the second answer is worse, then edit it as little as possible to make it good.\n"
+    "Reply as Why: reason Edited: answer"
+)
+# It follows the reply to REFINE_PROMPT. The score that it names is that of the worse answer.
+RESCORE_PROMPT = (
+    "The worse answer was scored {score:.0f} out of 10. "
+    "Score the edited answer on the same scale.\n"
+    "Reply with the score."
+)
+
+
+# -------------------------------------------------------------------------------------- mathematics
+def pair_loss(
+    better: torch.Tensor, worse: torch.Tensor, margins: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[B]: (r(x, y_w*) − r(x, y_l) − c m)², from the rewards [B] twice and the margins c m [B].
+
+    Without margins it is Bradley-Terry, −log σ(r(x, y_w*) − r(x, y_l)).
+
+    Example: rewards of 1.2 and 0.3 with a margin of 0.5 give (0.9 − 0.5)² = 0.16. Without a margin
+    they give −log σ(0.9) = 0.341.
+    """
+    # Margins [B, 1] would broadcast to a table [B, B]. The mean of that, which is the loss of the
+    # paper's code, pulls every pair to the mean margin of its batch.
+    shapes = [tuple(better.shape), tuple(worse.shape)]
+    if margins is not None:
+        shapes.append(tuple(margins.shape))
+    if better.dim() != 1 or len(set(shapes)) > 1:
+        raise ValueError(f"rewards and margins must have one shape [B], not {shapes}")
+    difference = better - worse
+    if margins is None:
+        return -torch.nn.functional.logsigmoid(difference)
+    return (difference - margins).square()
+
+
+def forward_kl(teacher_log_probs: torch.Tensor, student_log_probs: torch.Tensor) -> torch.Tensor:
+    """[N]: KL(π_T(·|s) ‖ π_θ(·|s)) = Σ_a π_T(a|s) log [π_T(a|s) / π_θ(a|s)], from [N, V] twice.
+
+    Example: π_T = (3/4, 1/4) and π_θ = (1/2, 1/2) give ¾ log 1.5 + ¼ log 0.5 = 0.131.
+    """
+    probs = teacher_log_probs.exp()
+    summands = probs * (teacher_log_probs - student_log_probs)
+    # p log p is 0 at p = 0. Computed, it is NaN.
+    return summands.masked_fill(probs == 0, 0.0).sum(-1)
+
+
+# ------------------------------------------------------------------ how the teacher's text is read
+# White space in these regular expressions is ignored, and they have comments (re.VERBOSE).
+#
+# What is scored, as replies name it. A small letter is a name only before a colon or an equals
+# sign, since "a" is a word.
+ANSWER_A = r"A | a(?=\s*[:=])"  # "A: 8", "Answer A is a 9", "a: 8"
+ANSWER_B = r"B | b(?=\s*[:=])"  # "B = 6", "b: 6"
+THE_EDIT = r"(?i: scored? | rating)"  # "Score: 7", "I would score it 7", "Rating: 7"
+
+# A score as replies write it. A number that may mean something else is not read.
+NUMBER = r"""
+    (?<! [A-Za-z\d.,/-] )        # not the 8 of "-8" or "v8", nor the 5 of "8/5" or "8.5"
+    ( \d+ (?: [.,]\d+ )? )       # "8", "8.5" and "8,5"
+    (?! [.,]?\d | [A-Za-z]       # not the 8 of "80" or "8th"
+      | \s*% | \s*[-–/]\s*\d     # nor of "8 %", "8-9" or "8/5"
+      | \s+ (?! and\b | points?\b ) [a-z]  # nor of "8 facts", but of "8 and" and "8 points"
+    )
+"""
+# What may stand between a name and its score. *? takes the shortest match.
+BETWEEN = r"""
+    (?: [^\w.!?;]                # "A: **8**", "A (8)", '"A": 8'
+      | \b (?: answer | is | gets? | scored? | scores | rated | rating | deserves ) \b
+      | \b (?: as | at | of | it | a ) \b   # "answer B is a 4"
+      | 得分 | 评分               # "score" and "rating" in Chinese
+    )*?
+"""
+NEXT_NUMBER = r"(?: \s* (?: [,;&] | and ) \s* | \s+ )"  # "8, 6", "8 and 6", "8 6"
+OUT_OF_TEN = r"\s* (?: / | out\ of ) \s* 10\b"  # "8/10", "8 out of 10"
+
+# What follows "Edited:". The word has a capital letter: "it was poorly edited: …" is no edit.
+EDIT = r"""
+    \bE(?i:dited)\b [\w ]{0,20} [*_]*:[*_]* \s*  # "Edited:", "**EDITED:**", "Edited answer:"
+    (?: ["“] ([^"“”]*) ["”]      # an answer in quotation marks: "cod."
+      | (.*\S)                   # or all that follows: cod.
+    ) \s* $
+"""
+# What a reasoning model thinks before it replies. It may be cut off, or begin in the prompt.
+THOUGHTS = r"^ .* </think> \s* | <think> .*"
+
+
+def read_scores(text: str, names: list[str]) -> list[float]:
+    """The scores from 1 to 10 that a reply gives to names (regular expressions), one for each.
+
+    The reply names them, as in "A: 8, B: 6/10", or gives nothing but scores in the order of the
+    names, as in "8, 6". All are 0 if one is missing, out of range or contradicted: a wrong label
+    does more harm than a row that is dropped.
+
+    Example: "**A:** 8, **B:** 6/10" is [8.0, 6.0], and "A: 8-9, B: 6" is [0.0, 0.0].
+    """
+    unreadable = [0.0] * len(names)
+    text = re.sub(OUT_OF_TEN, "", text, flags=re.VERBOSE)
+    only_numbers = NEXT_NUMBER.join([NUMBER] * len(names))
+    match = re.fullmatch(rf"[\W_]* {only_numbers} [\W_]*", text, re.VERBOSE)
+    if match:
+        numbers = list(match.groups())
+    else:
+        numbers = []
+        for name in names:
+            named = rf"(?<![A-Za-z0-9_]) (?:{name}) (?![A-Za-z0-9_]) {BETWEEN} {NUMBER}"
+            found = set(re.findall(named, text, re.VERBOSE))
+            if len(found) != 1:
+                return unreadable
+            numbers.append(found.pop())
+    scores = [float(number.replace(",", ".")) for number in numbers]
+    in_range = all(1 <= score <= 10 for score in scores)
+    return scores if in_range else unreadable
+
+
+def read_edit(reply: dict) -> str:
+    """The edit in a reply {"text", "finished"}: what follows "Edited:", without quotation marks.
+
+    It is "" where nothing follows, and in a reply that was cut off, which holds half an edit.
+    """
+    match = re.search(EDIT, reply["text"], re.VERBOSE | re.DOTALL)
+    if match is None or not reply["finished"]:
+        return ""
+    in_quotation_marks, rest = match.groups()
+    edit = rest if in_quotation_marks is None else in_quotation_marks
+    return edit.strip()
+
+
+def without_thoughts(text: str) -> str:
+    """Example: "<think>Hm. A: 1?</think> A: 8, B: 6" becomes "A: 8, B: 6"."""
+    return re.sub(THOUGHTS, "", text, flags=re.VERBOSE | re.DOTALL)
 
 
 @dataclass
 class Args:
-    student: str = "playground/student"
-    """model to train: a hub id or a folder"""
-    teacher: str = "playground/teacher"
-    """frozen teacher: a hub id or a folder"""
-    data: str = "playground/data/train.jsonl"
-    """preference pairs: a .jsonl, .json or .parquet file, a folder or a hub id"""
-    data_split: str = "train"
-    """split of --data where it has several"""
-    eval_data: str = "playground/data/rm_test.jsonl"
-    """held-out pairs; a column `subset` or `source` gives each of its values a line of its own"""
-    eval_split: str = "test"
-    """split of --eval_data where it has several"""
-    reward: str = "playground.world:reward"
-    """judge of answers: module:function as in TRL (your own code is executed), or a reward model"""
-    output_dir: str = ""
-    """folder of this run (default: runs/<script>__<seed>__<time>)"""
-    resume: str = ""
-    """folder of a run that was interrupted; it goes on with the flags it had"""
-    overwrite: bool = False
-    """replace the run that --output_dir holds"""
-    seed: int = 1
-    """seed of data order and sampling"""
-    device: str = ""
-    """cpu, cuda, cuda:1, ... (default: cuda where there is one)"""
-    trust_remote_code: bool = False
-    """run code that comes with a hub model"""
-    track: Literal["none", "tensorboard", "wandb"] = "none"
-    """where metrics go besides metrics.jsonl"""
-    max_prompt_tokens: int = 512
-    """rows with longer prompts are dropped and counted"""
-    max_response_tokens: int = 256
-    """rows with longer answers are dropped and counted; sampling stops there"""
-    num_epochs: int = 4
-    """passes over the data"""
-    max_steps: int = 0
-    """optimiser steps, if not 0, in place of --num_epochs"""
-    batch_size: int = 32
-    """examples of an optimiser step"""
-    micro_batch_size: int = 32
-    """examples of a forward pass: a matter of memory, not of the result"""
-    logits_chunk: int = 1024
-    """response tokens whose logits are alive at a time"""
-    gradient_checkpointing: bool = False
-    """recompute the student's activations in the backward pass to save memory"""
-    warmup_ratio: float = 0.1
-    """share of the steps in which the learning rate rises; a cosine brings it to 0 after that"""
-    weight_decay: float = 0.0
-    """of AdamW"""
-    max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
-    log_every: int = 10
-    """optimiser steps between rows of metrics.jsonl"""
-    eval_every: int = 50
-    """optimiser steps between evaluations on held-out prompts"""
-    save_every: int = 50
-    """optimiser steps between checkpoints"""
-    eval_prompts: int = 256
-    """held-out prompts for --best_of"""
-    eval_temperature: float = 1.0
-    """temperature of the evaluation's answers; 0 is greedy"""
-    sample_batch_size: int = 256
-    """answers sampled at a time"""
-
     # method
-    learning_rate: float = 5e-3
-    """of AdamW (playground; released code: 1e-5)"""
     annotations: str = ""
-    """annotations.jsonl of another run or program, in place of stages 1 to 4 (columns: docs/rm_distiller.md)"""
+    """annotations.jsonl of another run or program, in place of stages 1 to 4 (its columns are in
+    docs/rm_distiller.md)"""
     score: Literal["expected", "text"] = "expected"
-    """take a score as its expectation over the ten that the teacher can give, or from the text of its reply"""
+    """a score is its expectation over the ten that the teacher can give, or what its reply says"""
     sample_temperature: float = 1.0
-    """of the teacher's answers and edits (playground; released code: 0.7, top_p 0.8, top_k 20)"""
+    """temperature of the teacher's answers and edits (playground; released code: 0.7, with top_p
+    0.8 and top_k 20)"""
     refine: bool = True
     """learn the edit y_w* over y_l; if not, the better answer y_w as it is"""
     margin: bool = True
     """regress on the margin; if not, maximise the Bradley-Terry likelihood"""
     margin_scale: float = 0.3
-    """c, reward for a point of the teacher's scale (playground; released code: 1, with a learning rate to match)"""
+    """c, reward for a point of the teacher's scale (playground; released code: 1, with a learning
+    rate to match)"""
     kl_coef: float = 0.1
-    """κ (playground; released Python code: 1, its launcher: 0)"""
+    """κ, weight of the KL on y_T (playground; released Python code: 1, its launcher: 0)"""
     nll_coef: float = 0.0
-    """ν, of use where two vocabularies forbid the KL (released Python code: 1, its launcher: 0)"""
+    """ν, weight of the likelihood of y_T, of use where two vocabularies forbid the KL (released
+    Python code: 1, its launcher: 0)"""
     best_of: int = 8
-    """answers of the untrained student to a held-out prompt, of which the reward model picks one; 0 leaves it out"""
+    """answers of the untrained student to a held-out prompt, of which the reward model picks one; 0
+    leaves it out"""
+
+    # optimisation
+    learning_rate: float = 5e-3
+    """of AdamW (playground; released code: 1e-5)"""
+    num_epochs: int = 4
+    """passes over the data"""
+    max_steps: int = 0
+    """optimiser steps; if not 0, it takes the place of --num_epochs"""
+    batch_size: int = 32
+    """examples of an optimiser step"""
+    micro_batch_size: int = 32
+    """examples of a forward pass; it changes memory, not the result"""
+    logits_chunk: int = 1024
+    """response tokens whose logits are in memory at a time"""
+    gradient_checkpointing: bool = False
+    """compute the student's activations again in the backward pass, to save memory"""
+    warmup_ratio: float = 0.1
+    """share of the steps in which the learning rate rises; after that a cosine brings it to 0"""
+    weight_decay: float = 0.0
+    """of AdamW"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    seed: int = 1
+    """seed of the data's order and of sampling"""
+
+    # models and data
+    student: str = "playground/student"
+    """model to train: a hub id or a folder"""
+    teacher: str = "playground/teacher"
+    """frozen teacher: a hub id or a folder"""
+    data: str = "playground/data/train.jsonl"
+    """training rows: a .jsonl, .json or .parquet file, a folder or a hub id"""
+    data_split: str = "train"
+    """split of --data, where it has several"""
+    max_prompt_tokens: int = 512
+    """rows with longer prompts are dropped and counted"""
+    max_response_tokens: int = 256
+    """rows with longer responses are dropped and counted; sampling stops there"""
+    sample_batch_size: int = 256
+    """responses sampled at a time"""
+    device: str = ""
+    """cpu, cuda, cuda:1, ... (a GPU where there is one, if empty)"""
+    trust_remote_code: bool = False
+    """run code that comes with a hub model"""
+
+    # evaluation and output
+    eval_data: str = "playground/data/rm_test.jsonl"
+    """held-out pairs; a column `subset` or `source` gives each of its values a line of its own"""
+    eval_split: str = "test"
+    """split of --eval_data, where it has several"""
+    reward: str = "playground.world:reward"
+    """what gives a response its reward: module:function (which is executed) or a reward model"""
+    eval_prompts: int = 256
+    """held-out prompts of --best_of"""
+    eval_temperature: float = 1.0
+    """temperature of these responses; 0 is greedy"""
+    eval_every: int = 50
+    """optimiser steps between evaluations"""
+    log_every: int = 10
+    """optimiser steps between lines of metrics.jsonl"""
+    save_every: int = 50
+    """optimiser steps between checkpoints"""
+    output_dir: str = ""
+    """folder of this run (runs/<script>__<seed>__<time>, if empty)"""
+    resume: str = ""
+    """folder of a run that was interrupted; it goes on with the flags it had"""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """where metrics go besides metrics.jsonl"""
 
 
-# ------------------------------------------------------------------------------------------------------ mathematics
-def pair_loss(
-    better: torch.Tensor, worse: torch.Tensor, margins: torch.Tensor | None = None
-) -> torch.Tensor:
-    """[B]: (r(x, y_w) − r(x, y_l) − m)², or without margins Bradley-Terry, −log σ(r(x, y_w) − r(x, y_l)); all [B]."""
-    assert (
-        better.shape
-        == worse.shape
-        == (better if margins is None else margins).shape
-        == (len(better),)
-    )  # no table
-    return (
-        -torch.nn.functional.logsigmoid(better - worse)
-        if margins is None
-        else (better - worse - margins).square()
-    )
+def response_columns(args: Args) -> list[str]:
+    """The columns of an example's responses: y_w* (or y_w), y_l and, if κ or ν asks for it, y_T."""
+    better = "refined" if args.refine else "chosen"
+    if args.kl_coef > 0 or args.nll_coef > 0:
+        return [better, "rejected", "teacher"]
+    return [better, "rejected"]
 
 
-def forward_kl(teacher_log_probs: torch.Tensor, student_log_probs: torch.Tensor) -> torch.Tensor:
-    """[N]: KL(π_teacher(·|s) ‖ π_θ(·|s)) of every state, from [N, V] and [N, V]."""
-    terms = teacher_log_probs.exp() * (teacher_log_probs - student_log_probs)
-    return terms.masked_fill(teacher_log_probs.isneginf(), 0.0).sum(
-        -1
-    )  # p log p is 0 at p = 0; computed it is NaN
+# --------------------------------------------------------------------------------------- terms of L
+def response_rewards(student: LM, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """[R]: r(x, y) of every response, in float32, from hidden states [rows·T, H] of the batch."""
+    last_hidden = hidden[batch.last_index]  # [R, H]
+    return student.model.score(last_hidden.float()).squeeze(-1)
 
 
-# ---------------------------------------------------------------------------------- what a teacher's reply is read as
-A, B, IT = (
-    r"A|a(?=\s*[:=])",
-    r"B|b(?=\s*[:=])",
-    r"(?i:scored?|rating)",
-)  # what is scored, as a reply names it
-NUMBER = r"(?<![A-Za-z\d.,/-])(\d+(?:[.,]\d+)?)(?![.,]?\d|[A-Za-z]|\s*%|\s*[-–/]\s*\d|\s+(?!and\b|points?\b)[a-z])"
-FILLER = r"(?:[^\w.!?;]|\b(?:answer|is|gets?|scored?|scores|rated|rating|deserves|as|at|of|it|a)\b|得分|评分)*?"
+def rm_distiller_terms(
+    examples: list[Example], student: LM, teacher: LM | None, vocab_size: int, args: Args
+) -> dict[str, torch.Tensor]:
+    """The terms of L before their weights, each [B]. All of them should fall.
 
+    An example's responses are [y_w*, y_l, y_T], in the order of `response_columns`. Without y_T
+    there is the term "pair" alone. With it there is always "nll", and "kl" if κ is above 0, which
+    alone needs the teacher.
+    """
+    # The student reads all responses of an example in one row, so the prompt is computed once.
+    batch = pack(examples, student)
+    hidden = student.hidden_states(batch)  # [rows·T, H]
 
-def read_score(reply: dict, *names: str) -> float:
-    """The first of the scores from 1 to 10 that a reply gives to names (regular expressions), as in "A: 8, B: 6/10", or
-    alone as in "8, 6". 0 if one is missing, out of range or contradicted: a row less costs less than a wrong label."""
-    said = re.sub(r"\s*(?:/|out of)\s*10\b", "", reply["text"])
-    alone = re.fullmatch(
-        r"[\W_]*" + r"(?:\s*(?:[,;&]|and)\s*|\s+)".join([NUMBER] * len(names)) + r"[\W_]*", said
-    )
-    named = [
-        set(re.findall(rf"(?<![A-Za-z0-9_])(?:{name})(?![A-Za-z0-9_]){FILLER}{NUMBER}", said))
-        for name in names
-    ]
-    said = alone.groups() if alone else [found.pop() for found in named if len(found) == 1]
-    scores = [float(text.replace(",", ".")) for text in said]
-    return (
-        scores[0]
-        if len(scores) == len(names) and all(1 <= score <= 10 for score in scores)
-        else 0.0
-    )
+    # ( r(x, y_w*) − r(x, y_l) − c m )²
+    rewards = response_rewards(student, hidden, batch).view(len(examples), -1)  # [B, 2 or 3]
+    margins = None
+    if args.margin:
+        points = [example.row["margin"] for example in examples]
+        margins = args.margin_scale * rewards.new_tensor(points)  # [B]
+    terms = {"pair": pair_loss(rewards[:, 0], rewards[:, 1], margins)}
+    if "teacher" not in response_columns(args):
+        return terms
 
-
-def read_edit(reply: dict) -> str:
-    """What follows "Edited:" in a finished reply, without quotation marks around it; "" where nothing does."""
-    found = re.search(
-        r"(?s)\bE(?i:dited)\b[\w ]{0,20}[*_]*:[*_]*\s*(?:[\"“]([^\"“”]*)[\"”]|(.*\S))\s*$",
-        reply["text"],
-    )
-    return (found[1] or found[2] or "").strip() if found and reply["finished"] else ""
-
-
-# ------------------------------------------------------------------------------------------------------------- main
-def main(args: Args):
-    # ----------------------------------------------------------------------------------------------- the run folder
-    for name, value in vars(args).items():
-        least = (
-            1
-            if name.endswith(("_size", "_epochs", "_every", "_tokens", "_prompts", "_chunk"))
-            else 0
+    answers = batch.only(2, of=3)  # the tokens of y_T
+    student_hidden = hidden[answers.predict_index]  # [N, H]
+    if args.kl_coef == 0:
+        # −(1/|y_T|) Σ_t log π_θ(y_T,t|s_t)
+        logps = per_token(
+            token_logps,
+            answers.target_ids,
+            [student],
+            [student_hidden],
+            vocab_size=vocab_size,
+            chunk_size=args.logits_chunk,
         )
-        if type(value) in (int, float) and not least <= value < math.inf:
-            stop(f"--{name} {value} must be a number of at least {least}")
-    started = time.time()
-    run = Path(args.resume or args.output_dir or f"runs/rm_distiller__{args.seed}__{int(started)}")
-    if args.resume:  # a run goes on with the flags it began with
-        if args != Args(resume=args.resume) or not (run / "args.json").exists():
-            stop(
-                f"--resume {run} takes the folder of a run, which holds all flags, and no other flag"
-            )
-        with clearly(f"resume {run}"):
-            args = Args(**{**json.loads((run / "args.json").read_text()), "overwrite": False})
-    elif (
-        run.exists()
-        and any(run.iterdir())
-        and not (args.overwrite and (run / "args.json").exists())
-    ):
-        stop(
-            f"{run} is not empty; --resume the run in it, --overwrite it, or choose another --output_dir"
-        )
+        terms["nll"] = -mean_per_response(logps, answers)
+        return terms
 
-    # ---------------------------------------------------------------------------------------------- models and data
-    with clearly(f"use --device {args.device}"):
-        device = torch.empty(
-            0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        ).device
-    student = LM(args.student, device, True, args.gradient_checkpointing, args.trust_remote_code)
-    alone = args.annotations and not args.kl_coef  # then there is nothing to ask the teacher
-    teacher = None if alone else LM(args.teacher, device, remote_code=args.trust_remote_code)
-    better, generation = "refined" if args.refine else "chosen", args.kl_coef + args.nll_coef > 0
-    vocab_size = common.shared_vocab(
-        student, teacher if args.kl_coef else student, "take --kl_coef 0 --nll_coef 1"
-    )
-    judge = common.load_reward(args.reward, device, args.trust_remote_code)
-    torch.manual_seed(args.seed)
-    type(student.model.config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or stop(
-        f"{args.student} has no classifier"
-    )
-    student.model.score = torch.nn.Linear(student.config.hidden_size, 1, bias=False, device=device)
-    limits, pair, counts = (
-        (args.max_prompt_tokens, args.max_response_tokens),
-        ("chosen", "rejected"),
-        Counter(),
-    )
-    rows = read_rows(
-        args.annotations or args.data,
-        args.data_split,
-        (better, "rejected") if args.annotations else pair,
-    )
-    held_out = [
-        row | {"worth": (1.0, 0.0), "pool": "all"}
-        for row in read_rows(args.eval_data, args.eval_split)
-    ]
-    held_out = make_examples(student, held_out, pair, *limits)
-    if args.overwrite and run.resolve() in Path(args.annotations).resolve().parents:
-        stop(
-            f"--overwrite would remove --annotations {args.annotations}; choose another --output_dir"
-        )
-    if args.overwrite:  # only now: a run that cannot start replaces nothing
-        shutil.rmtree(run, ignore_errors=True)
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "args.json").write_text(json.dumps(vars(args), indent=1))
+    # The teacher reads y_T alone, in rows of its own.
+    only_answers = [Example(e.row, e.prompt_ids, e.response_ids[2:]) for e in examples]
+    teacher_batch = pack(only_answers, teacher)
+    teacher_hidden = teacher.hidden_states(teacher_batch)[teacher_batch.predict_index]  # [N, H]
 
-    # ----------------------------------------------------------------------------------------- sampling, evaluation
-    how, everything = (
-        {"max_new_tokens": args.max_response_tokens, "batch_size": args.sample_batch_size},
-        [*held_out],
+    def score_tokens(target_ids, student_log_probs, teacher_log_probs):
+        logps = token_logps(target_ids, student_log_probs)  # [N]
+        kl = forward_kl(teacher_log_probs, student_log_probs)  # [N]
+        return logps, kl
+
+    logps, kl = per_token(
+        score_tokens,
+        answers.target_ids,
+        [student, teacher],
+        [student_hidden, teacher_hidden],
+        vocab_size=vocab_size,
+        chunk_size=args.logits_chunk,
+    )
+    # (1/|y_T|) Σ_t KL( π_T(·|s_t) ‖ π_θ(·|s_t) )
+    terms["kl"] = mean_per_response(kl, answers)
+    # −(1/|y_T|) Σ_t log π_θ(y_T,t|s_t)
+    terms["nll"] = -mean_per_response(logps, answers)
+    return terms
+
+
+# ------------------------------------------------------------------------------------------- models
+def load_models(args: Args, device: torch.device) -> tuple[LM, LM | None]:
+    """The student with a reward head, and the teacher, or None if neither the annotation nor the KL
+    needs it."""
+    student = LM(
+        args.student,
+        device,
+        trainable=True,
+        gradient_checkpointing=args.gradient_checkpointing,
+        trust_remote_code=args.trust_remote_code,
+    )
+    if type(student.model.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        stop(f"{args.student} has no classifier in transformers, so no reward model can be saved")
+    add_reward_head(student, args.seed)
+    if args.annotations and args.kl_coef == 0:
+        return student, None
+    return student, LM(args.teacher, device, trust_remote_code=args.trust_remote_code)
+
+
+def add_reward_head(student: LM, seed: int):
+    """Gives the model the head r, linear and in float32. transformers' classifiers and
+    `load_reward_model` in common.py call it `score`. It is saved with the model's checkpoints."""
+    torch.manual_seed(seed)
+    student.model.score = torch.nn.Linear(
+        student.config.hidden_size, 1, bias=False, device=student.device, dtype=torch.float32
     )
 
-    @torch.no_grad()
-    def evaluate(examples: list[Example] = held_out) -> dict[str, list[float]]:
-        """By subset: worth of the answer that r prefers (of a pair 1 or 0: accuracy; ties share), its error, rows."""
-        worth = defaultdict(list)
-        for start in range(0, len(examples), args.micro_batch_size):
-            batch = pack(micro := examples[start : start + args.micro_batch_size], student)
-            rewards = student.model.score(student.hidden_states(batch)[batch.last].float())[
-                :, 0
-            ].cpu()  # [R]
-            for (row, *_), r in zip(
-                micro, rewards.split([len(example.responses) for example in micro])
-            ):
-                for name in dict.fromkeys(
-                    (row["pool"], str(row.get("subset") or row.get("source") or row["pool"]))
-                ):
-                    worth[name].append(torch.tensor(row["worth"])[r == r.max()].mean().item())
-        return {
-            k: [statistics.mean(v), statistics.pstdev(v) / len(v) ** 0.5, len(v)]
-            for k, v in worth.items()
-        }
 
-    def propose(rows: list[dict], number: int, n=args.best_of) -> list[dict]:
-        """n answers of the untrained student to every prompt, and what they are worth to the judge."""
-        prompts = [student.encode(row["prompt"])[0] for row in rows]
-        several = student.sample(
-            prompts, n=n, temperature=args.eval_temperature, seed=args.seed + number, **how
+def save_reward_model(student: LM, folder: Path):
+    """Writes the student so that transformers can load it as a sequence classifier with one label.
+
+    transformers reads the score of a classifier at the last token that is not the padding token.
+    Many models pad with a token that also ends a response. With such a token the score would be
+    read a token too early, so padding gets a token of its own, and the embeddings a row for it.
+    """
+    tokenizer = student.tokenizer
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in student.eos_ids:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        rows = student.model.get_input_embeddings().weight.shape[0]
+        if rows < len(tokenizer):
+            student.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    # The config tells transformers how many scores there are, and which token is padding.
+    student.model.config.num_labels = 1
+    student.config.pad_token_id = tokenizer.pad_token_id
+    save_model(student, folder)
+
+
+# ------------------------------------------------------------ stages 1 to 4: the teacher annotates
+def user_turn(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def teacher_replies(
+    chats: list[list[dict]], seed: int, teacher: LM, temperature: float, args: Args
+) -> list[dict]:
+    """One reply {"text", "finished"} of the teacher to every chat, without what it thought."""
+    samples = teacher.sample(
+        [teacher.prompt_ids(chat) for chat in chats],
+        temperature=temperature,
+        max_new_tokens=args.max_response_tokens,
+        batch_size=args.sample_batch_size,
+        seed=seed,
+    )
+    replies = []
+    for [reply] in samples:
+        replies.append({**reply, "text": without_thoughts(reply["text"])})
+    return replies
+
+
+def expected_scores(
+    chats: list[list[dict]], reply: str, teacher: LM, *, reply_ends: bool, logits_chunk: int
+) -> list[float]:
+    """Σ_s s p(s) for every chat, s = 1 to 10.
+
+    There are ten replies, such as "A: 1," to "A: 10,". p(s) is the probability of the one with s,
+    scaled so that the ten add up to 1. With `reply_ends` each of them includes its end.
+    """
+    replies = [{"text": reply.format(score), "finished": reply_ends} for score in range(1, 11)]
+    batch = pack([Example({}, *teacher.encode(chat, replies)) for chat in chats], teacher)
+    hidden = teacher.hidden_states(batch)[batch.predict_index]  # [N, H]
+    logps = per_token(
+        token_logps,
+        batch.target_ids,
+        [teacher],
+        [hidden],
+        vocab_size=teacher.vocab_size,
+        chunk_size=logits_chunk,
+    )
+    # The mean over a reply's tokens times their number is the sum.
+    reply_logps = mean_per_response(logps, batch) * batch.lengths  # [R]
+    probs = reply_logps.view(-1, 10).softmax(-1)  # [B, 10]
+    scores = torch.arange(1.0, 11.0, device=probs.device)  # [10]
+    return (probs @ scores).tolist()
+
+
+def answer_prompts(rows: list[dict], seed: int, teacher: LM, args: Args) -> list[dict]:
+    """Stage 1. The teacher's own answer y_T {"text", "finished"} to every prompt, as "teacher", and
+    its text alone as "teacher_reply"."""
+    chats = [row["prompt"] for row in rows]
+    replies = teacher_replies(chats, seed, teacher, args.sample_temperature, args)
+    return [{"teacher": reply, "teacher_reply": reply["text"]} for reply in replies]
+
+
+def score_as_answer_a(
+    rows: list[dict], scored: str, other: str, teacher: LM, args: Args
+) -> list[dict]:
+    """Stage 2. The teacher's score of the answer in the column `scored`, as "score_<scored>".
+
+    It is shown as answer A, beside the one in the column `other`. With --score text, 0 is a reply
+    that could not be read, and the reply is kept.
+    """
+    chats = []
+    for row in rows:
+        question = SCORE_PROMPT.format(
+            prompt=prompt_text(row["prompt"]), a=row[scored], b=row[other]
         )
-        worth = [
-            judge([row["prompt"]] * n, [said["text"] for said in some])
-            for row, some in zip(rows, several)
-        ]
-        return [{"answers": answers, "worth": values} for answers, values in zip(several, worth)]
+        chats.append([user_turn(question)])
 
-    if args.best_of:
-        pool, prompts = (
-            f"best of {args.best_of}",
-            list({str(row["prompt"]): row for row, *_ in held_out}.values()),
-        )
-        options = stage(
-            run / "options.jsonl", prompts[: args.eval_prompts], propose, args.sample_batch_size
-        )
-        options = [row | {"pool": pool} | dict(enumerate(row["answers"])) for row in options]
-        everything += make_examples(student, options, range(args.best_of), *limits)
-    before = evaluate(everything)
+    column = f"score_{scored}"
+    if args.score == "text":
+        replies = teacher_replies(chats, args.seed, teacher, 0.0, args)
+        texts = [reply["text"] for reply in replies]
+        scores = [read_scores(text, [ANSWER_A, ANSWER_B])[0] for text in texts]
+        return [{column: score, "reply": text} for score, text in zip(scores, texts)]
+    # The comma ends the number: without it "A: 1" would be the beginning of "A: 10" as well.
+    scores = expected_scores(
+        chats, "A: {},", teacher, reply_ends=False, logits_chunk=args.logits_chunk
+    )
+    return [{column: score} for score in scores]
 
-    # ------------------------------------------------------------------------- stages 1 to 4: the teacher annotates
-    def annotate(rows: list[dict], column: str, templates: list[str], read, form="") -> list[dict]:
-        """Rows with a new column: what `read` finds in the teacher's reply to templates as turns of user, assistant,
-        user; or the expected score, Σ_s s p(s), p over the replies form.format(s), s = 1 to 10. Others are dropped."""
-        expected, turns = (
-            form and args.score == "expected",
-            list(zip(("user", "assistant", "user"), templates)),
-        )
-        ten = [
-            {"text": form.format(s), "finished": form == "{}"} for s in range(1, 11)
-        ]  # "10," is no "1,"
 
-        @clearly(f"make {column}.jsonl from the columns of the stages before it")
-        def make(some: list[dict], number: int) -> list[dict]:
-            chats = [
-                [{"role": r, "content": t.format(**row)} for r, t in turns] or row["prompt"]
-                for row in some
-            ]
-            if expected:
-                batch = pack([Example({}, *teacher.encode(chat, ten)) for chat in chats], teacher)
-                logits = teacher.logits(
-                    teacher.hidden_states(batch)[batch.source], teacher.vocab_size
-                )
-                logps = common.target_logps(batch.target_ids, logits.log_softmax(-1))
-                p = (
-                    logps.new_zeros(len(batch.lengths))
-                    .index_add(0, batch.response_of, logps)
-                    .view(-1, 10)
-                    .softmax(-1)
-                )
-                return [{column: score} for score in (p @ torch.arange(1.0, 11.0).to(p)).tolist()]
-            heat, prompts = (
-                0.0 if form else args.sample_temperature,
-                [teacher.encode(chat)[0] for chat in chats],
-            )
-            several = teacher.sample(prompts, temperature=heat, seed=args.seed + number, **how)
-            replies = [
-                said | {"text": re.sub(r"(?s)^.*</think>\s*|<think>.*", "", said["text"])}
-                for [said] in several
-            ]
-            return [
-                {column: read(said), "reply" if form else f"{column}_reply": said["text"]}
-                for said in replies
-            ]
+def refine_question(row: dict) -> dict:
+    """The turn that asks the teacher to edit y_l. The better answer that it is shown is y_T."""
+    question = REFINE_PROMPT.format(
+        prompt=prompt_text(row["prompt"]), better=row["teacher"]["text"], worse=row["rejected"]
+    )
+    return user_turn(question)
 
-        made = stage(
-            run / f"{column}.jsonl",
+
+def edit_worse_answers(rows: list[dict], seed: int, teacher: LM, args: Args) -> list[dict]:
+    """Stage 3. The teacher's edit y_w* of y_l, as "refined", from a reply that says why.
+
+    It is "" if the reply could not be read. The whole reply is kept as "refined_reply".
+    """
+    chats = [[refine_question(row)] for row in rows]
+    replies = teacher_replies(chats, seed, teacher, args.sample_temperature, args)
+    return [{"refined": read_edit(reply), "refined_reply": reply["text"]} for reply in replies]
+
+
+def score_edits(rows: list[dict], teacher: LM, args: Args) -> list[dict]:
+    """Stage 4. The teacher's score of its edit, as "score_refined".
+
+    It is asked in the same conversation, after its whole diagnosis and edit, and told what y_l was
+    scored. With --score text, 0 is a reply that could not be read, and the reply is kept.
+    """
+    chats = []
+    for row in rows:
+        reply = {"role": "assistant", "content": row["refined_reply"]}
+        question = RESCORE_PROMPT.format(score=row["score_rejected"])
+        chats.append([refine_question(row), reply, user_turn(question)])
+
+    if args.score == "text":
+        replies = teacher_replies(chats, args.seed, teacher, 0.0, args)
+        texts = [reply["text"] for reply in replies]
+        scores = [read_scores(text, [THE_EDIT])[0] for text in texts]
+        return [{"score_refined": score, "reply": text} for score, text in zip(scores, texts)]
+    scores = expected_scores(chats, "{}", teacher, reply_ends=True, logits_chunk=args.logits_chunk)
+    return [{"score_refined": score} for score in scores]
+
+
+def annotate(
+    rows: list[dict], teacher: LM, run_dir: Path, args: Args, dropped: Counter
+) -> list[dict]:
+    """Stages 1 to 4. The rows that are left, with all columns of annotations.jsonl.
+
+    The files are teacher.jsonl, score_chosen.jsonl and score_rejected.jsonl, refined.jsonl, and
+    score_refined.jsonl. They may also come from another program. Rows that cannot be learned from
+    are dropped, and counted by their reason: they stay in the file of their stage, and later stages
+    lack them.
+    """
+
+    def run_stage(column: str, rows: list[dict], function, *, types, batch_size: int, seed=None):
+        """The rows with the new columns of a stage. What could not be read is dropped."""
+        path = run_dir / f"{column}.jsonl"
+        results = cached_map(path, rows, function, batch_size, seed)
+        new_rows = [{**row, **result} for row, result in zip(rows, results)]
+        check_column(new_rows, column, types, f"cannot go on with {path}")
+        readable = [row for row in new_rows if is_readable(row[column])]
+        dropped["unreadable"] += len(rows) - len(readable)
+        return readable
+
+    # Readers of annotations.jsonl find the request there as the teacher read it.
+    rows = [{**row, "asked": prompt_text(row["prompt"])} for row in rows]
+    if args.refine or "teacher" in response_columns(args):
+        function = partial(answer_prompts, teacher=teacher, args=args)
+        rows = run_stage(
+            "teacher",
             rows,
-            make,
-            args.micro_batch_size if expected else args.sample_batch_size,
-        )
-        return keep(
-            "unreadable", [row | new for row, new in zip(rows, made)], lambda row: row[column]
+            function,
+            types=(str, dict),
+            batch_size=args.sample_batch_size,
+            seed=args.seed,
         )
 
-    def keep(otherwise: str, rows: list[dict], good) -> list[dict]:
-        counts[otherwise] += sum(not good(row) for row in rows)
-        return [row for row in rows if good(row)]
+    # Each answer is scored once, where it is answer A, so that the first place favours neither.
+    scoring_batch_size = args.micro_batch_size
+    if args.score == "text":
+        scoring_batch_size = args.sample_batch_size
+    for scored, other in (("chosen", "rejected"), ("rejected", "chosen")):
+        function = partial(
+            score_as_answer_a, scored=scored, other=other, teacher=teacher, args=args
+        )
+        rows = run_stage(
+            f"score_{scored}", rows, function, types=(int, float), batch_size=scoring_batch_size
+        )
+    different = [row for row in rows if row["score_chosen"] != row["score_rejected"]]
+    dropped["tie"] += len(rows) - len(different)
+    rows = [order_by_score(row) for row in different]
+    if not args.refine:
+        return rows
 
+    check_column(rows, "teacher", dict, "cannot make refined.jsonl")
+    function = partial(edit_worse_answers, teacher=teacher, args=args)
+    rows = run_stage(
+        "refined", rows, function, types=str, batch_size=args.sample_batch_size, seed=args.seed
+    )
+    edited = [row for row in rows if row["refined"] != row["rejected"]]
+    dropped["equal"] += len(rows) - len(edited)
+    rows = edited
+
+    check_column(rows, "refined_reply", str, "cannot make score_refined.jsonl")
+    function = partial(score_edits, teacher=teacher, args=args)
+    return run_stage(
+        "score_refined", rows, function, types=(int, float), batch_size=scoring_batch_size
+    )
+
+
+def is_readable(value: dict | str | float) -> bool:
+    """Whether a stage found something in a reply: a text, or a score, which is never 0."""
+    if isinstance(value, dict):
+        return bool(value["text"])
+    return bool(value)
+
+
+def order_by_score(row: dict) -> dict:
+    """The row with its two answers in the teacher's order, whatever the data says."""
+    if row["score_chosen"] > row["score_rejected"]:
+        return row
+    return {
+        **row,
+        "chosen": row["rejected"],
+        "score_chosen": row["score_rejected"],
+        "rejected": row["chosen"],
+        "score_rejected": row["score_chosen"],
+    }
+
+
+def check_column(rows: list[dict], column: str, types, problem: str):
+    """Ends the program if a row lacks a column, or has something of another type there."""
+    for row in rows:
+        if not isinstance(row.get(column), types):
+            need = f"row {row['id']} needs a column {column}"
+            stop(f"{problem}: {need}, as docs/rm_distiller.md describes it")
+
+
+def read_annotations(args: Args) -> list[dict]:
+    """The rows of --annotations, with all columns that they are learned from."""
+    columns = response_columns(args)
+    rows = read_rows(args.annotations, args.data_split, columns[:2])
+    problem = f"cannot learn from --annotations {args.annotations}"
+    for column in columns[:2]:
+        check_column(rows, f"score_{column}", (int, float), problem)
+    if "teacher" in columns:
+        check_column(rows, "teacher", (str, dict), problem)
+    return rows
+
+
+def add_margins(rows: list[dict], args: Args, dropped: Counter) -> list[dict]:
+    """Rows with the points m that y_w* (or y_w) has more than y_l, as "margin".
+
+    As in the paper an edit must gain more than a point. What gains less is dropped and counted.
+    """
+    better = response_columns(args)[0]
+    least = 1.0 if args.refine else 0.0
+    kept = []
+    for row in rows:
+        margin = row[f"score_{better}"] - row["score_rejected"]
+        if margin > least:
+            kept.append({**row, "margin": margin})
+    dropped["below the margin"] += len(rows) - len(kept)
+    return kept
+
+
+def print_annotations(rows: list[dict], better: str, dropped: Counter, count: int = 3):
+    """How many rows were dropped and kept, and some edits as words removed (-) and added (+)."""
+    print(f"{len(rows) + dropped.total():>8}  rows in")
+    for reason, number in dropped.items():
+        print(f"{number:>8}  {reason}")
+    print(f"{len(rows):>8}  kept")
+    for row in rows[:count]:
+        words = []
+        for line in difflib.ndiff(row["rejected"].split(), row[better].split()):
+            if not line.startswith("?"):
+                words.append(line.replace(" ", ""))
+        print(" ".join(words))
+
+
+# --------------------------------------------------------------------------------------- evaluation
+@torch.no_grad()
+def reward_examples(
+    examples: list[Example], student: LM, micro_batch_size: int
+) -> list[list[float]]:
+    """r(x, y) of every response of every example. All examples have equally many."""
+    rewards = []
+    for start in range(0, len(examples), micro_batch_size):
+        micro_batch = examples[start : start + micro_batch_size]
+        batch = pack(micro_batch, student)
+        values = response_rewards(student, student.hidden_states(batch), batch)  # [R]
+        rewards += values.view(len(micro_batch), -1).tolist()
+    return rewards
+
+
+def pair_accuracy(
+    examples: list[Example], student: LM, micro_batch_size: int
+) -> dict[str, list[float]]:
+    """By subset, and for "all": 1 for a pair whose chosen response has the higher reward, ½ for a
+    tie, 0 for any other."""
+    correct = {"all": []}
+    rewards = reward_examples(examples, student, micro_batch_size)
+    for example, (chosen, rejected) in zip(examples, rewards):
+        value = 0.5 if chosen == rejected else float(chosen > rejected)
+        correct["all"].append(value)
+        subset = str(example.row.get("subset") or example.row.get("source") or "all")
+        if subset != "all":
+            correct.setdefault(subset, []).append(value)
+    return correct
+
+
+def sample_options(rows: list[dict], seed: int, student: LM, reward_fn, args: Args) -> list[dict]:
+    """n responses of the student to every prompt, as "answers", and what --reward says of each of
+    them, as "worth"."""
+    samples = student.sample(
+        [student.prompt_ids(row["prompt"]) for row in rows],
+        n=args.best_of,
+        temperature=args.eval_temperature,
+        max_new_tokens=args.max_response_tokens,
+        batch_size=args.sample_batch_size,
+        seed=seed,
+    )
+    results = []
+    for row, responses in zip(rows, samples):
+        texts = [response["text"] for response in responses]
+        worth = reward_fn([row["prompt"]] * len(texts), texts)
+        results.append({"answers": responses, "worth": worth})
+    return results
+
+
+def make_options(
+    held_out: list[Example], student: LM, reward_fn, run_dir: Path, args: Args
+) -> list[Example]:
+    """Examples whose responses are n options of the untrained student to a held-out prompt. They
+    are kept in options.jsonl."""
+    # A prompt may stand in several pairs. Its first row is taken.
+    first_rows = {}
+    for example in held_out:
+        first_rows.setdefault(str(example.row["prompt"]), example.row)
+    rows = cached_map(
+        run_dir / "options.jsonl",
+        list(first_rows.values())[: args.eval_prompts],
+        partial(sample_options, student=student, reward_fn=reward_fn, args=args),
+        args.sample_batch_size,
+        args.seed,
+    )
+    columns = [f"option_{k}" for k in range(args.best_of)]
+    for row in rows:
+        row.update(zip(columns, row["answers"]))
+    return encode_rows(student, rows, columns, args, f"prompts with {args.best_of} options")
+
+
+def best_of_n_rewards(options: list[Example], student: LM, micro_batch_size: int) -> list[float]:
+    """For every prompt, what --reward says of the option that r prefers. Where options tie, it is
+    the mean over them."""
+    best = []
+    rewards = reward_examples(options, student, micro_batch_size)
+    for example, values in zip(options, rewards):
+        worth_of_best = []
+        for worth, value in zip(example.row["worth"], values):
+            if value == max(values):
+                worth_of_best.append(worth)
+        best.append(statistics.mean(worth_of_best))
+    return best
+
+
+def mean_error_count(values: list[float]) -> list:
+    """Their mean, its standard error, and how many there are."""
+    return [statistics.mean(values), standard_error(values), len(values)]
+
+
+def print_accuracy(before: dict[str, list[float]], after: dict[str, list[float]]):
+    """A line for each subset, and for the best of n: before and after training."""
+    print()
+    for name, values in after.items():
+        mean, error, count = mean_error_count(values)
+        mean_before = statistics.mean(before[name])
+        print(f"{name:<32}{count:>6} rows   {mean_before:.3f} → {mean:.3f} ± {error:.3f}")
+
+
+# --------------------------------------------------------------------------------------------- main
+def main(args: Args):
+    started = time.time()
+    args, run_dir = open_run(args, "rm_distiller")
+    check_flags(
+        args,
+        at_least_0=["sample_temperature", "margin_scale", "kl_coef", "nll_coef", "best_of"],
+    )
+
+    # ------------------------------------------------------------------------------ models and data
+    device = choose_device(args.device)
+    student, teacher = load_models(args, device)
+    vocab_size = student.vocab_size
+    if args.kl_coef > 0:
+        vocab_size = shared_vocab_size(student, teacher, "take --kl_coef 0 --nll_coef 1")
+    reward_fn = load_reward_function(args.reward, device, args.trust_remote_code)
+    if args.annotations:
+        rows = read_annotations(args)
+    else:
+        rows = read_rows(args.data, args.data_split)
+        pairs = encode_rows(student, rows, ["chosen", "rejected"], args, "training pairs")
+        rows = [example.row for example in pairs]
+    eval_rows = read_rows(args.eval_data, args.eval_split)
+    held_out = encode_rows(student, eval_rows, ["chosen", "rejected"], args, "held-out pairs")
+    save_flags(run_dir, args)
+
+    # ------------------------------------------------------------------------ evaluation at step 0
+    # It comes before a checkpoint is read, so that "before" is the untrained student in every run.
+    before = pair_accuracy(held_out, student, args.micro_batch_size)
+    best_of_n = f"best of {args.best_of}"
+    if args.best_of:
+        options = make_options(held_out, student, reward_fn, run_dir, args)
+        before[best_of_n] = best_of_n_rewards(options, student, args.micro_batch_size)
+
+    # ------------------------------------------------------- stages 1 to 4: the teacher annotates
+    dropped = Counter()
     if not args.annotations:
-        rows = [example.row for example in make_examples(student, rows, pair, *limits)]
-        rows = [
-            row | {"asked": "\n".join(turn["content"] for turn in row["prompt"])} for row in rows
-        ]
-        rows = annotate(rows, "teacher", [], dict) if args.refine or generation else rows
-        for x, y in (
-            pair,
-            pair[::-1],
-        ):  # each is scored as answer A: the first place favours neither
-            rows = annotate(
-                rows, f"score_{x}", [SCORE % (x, y)], lambda said: read_score(said, A, B), "A: {},"
-            )
-        rows = keep("tie", rows, lambda row: row["score_chosen"] != row["score_rejected"])
-        for row in rows:
-            (low, worse), (high, best) = sorted((row[f"score_{name}"], row[name]) for name in pair)
-            row |= {"chosen": best, "score_chosen": high, "rejected": worse, "score_rejected": low}
-        if args.refine:
-            rows = annotate(rows, "refined", [REFINE], read_edit)
-            rows = keep("equal", rows, lambda row: row["refined"] != row["rejected"])
-            turns = [
-                REFINE,
-                "{refined_reply}",
-                RESCORE,
-            ]  # the score follows the whole diagnosis and edit
-            rows = annotate(rows, "score_refined", turns, lambda said: read_score(said, IT), "{}")
-        (run / "annotations.jsonl").write_text(
-            "".join(json.dumps(row, default=str) + "\n" for row in rows)
-        )
-    with clearly("learn from annotations that lack a column (docs/rm_distiller.md has them)"):
-        rows = [{**row, "margin": row[f"score_{better}"] - row["score_rejected"]} for row in rows]
-        rows = keep(
-            "below the margin", rows, lambda row: row["margin"] > (1.0 if args.refine else 0.0)
-        )  # 1: paper
-        for what, count in {
-            "rows in": len(rows) + counts.total(),
-            **counts,
-            "kept": len(rows),
-        }.items():
-            print(f"{count:>8}  {what}")
-        examples = make_examples(
-            student, rows, [better, "rejected", *["teacher"] * generation], *limits
-        )
-    for row in rows[:3]:
-        print(
-            *(
-                w.replace(" ", "")
-                for w in difflib.ndiff(row["rejected"].split(), row[better].split())
-                if w[0] != "?"
-            )
-        )
+        rows = annotate(rows, teacher, run_dir, args, dropped)
+        lines = [json.dumps(row, default=str) + "\n" for row in rows]
+        (run_dir / "annotations.jsonl").write_text("".join(lines))
+    rows = add_margins(rows, args, dropped)
+    columns = response_columns(args)
+    print_annotations(rows, columns[0], dropped)
+    examples = encode_rows(student, rows, columns, args, "annotated pairs")
 
-    # ---------------------------------------------------------------------------------------------------- optimiser
+    # ------------------------------------------------------------------------------------ optimiser
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     total_steps = args.max_steps or args.num_epochs * steps_per_epoch
     optimizer = torch.optim.AdamW(
         student.model.parameters(), args.learning_rate, weight_decay=args.weight_decay
     )
-    scheduler = get_cosine_schedule_with_warmup(
-        optimizer, math.ceil(args.warmup_ratio * total_steps), total_steps
-    )
-    parts = {"model": student.model, "optimizer": optimizer, "scheduler": scheduler}
-    first_step = load_checkpoint(run / "checkpoint.pt", **parts)
-    metrics = run / "metrics.jsonl"
-    logged = (
-        metrics.read_text().split("\n")[:-1] if first_step else []
-    )  # not what a kill left behind the last break
-    metrics.write_text(
-        "".join(line + "\n" for line in logged if json.loads(line)["step"] <= first_step)
-    )
-    if args.track == "wandb":
-        import wandb
+    warmup_steps = math.ceil(args.warmup_ratio * total_steps)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps)
+    state = {"model": student.model, "optimizer": optimizer, "scheduler": scheduler}
+    counts = {"tokens": 0, "seconds": 0.0}  # of training so far, kept in the checkpoint
+    first_step = load_checkpoint(run_dir / "checkpoint.pt", counts, **state)
+    metrics = Metrics(run_dir, args, first_step)
 
-        wandb.init(project="prefdistill", name=run.name, config=vars(args), sync_tensorboard=True)
-    if args.track != "none":
-        from torch.utils.tensorboard import SummaryWriter
-
-        tracker = SummaryWriter(str(run))
-
-    # ----------------------------------------------------------------------------------------------------- training
-    seconds, tokens, guide = 0.0, 0, teacher if args.kl_coef else student
-    for step in tqdm(
-        range(first_step, total_steps), initial=first_step, total=total_steps, desc="training"
-    ):
-        tick, losses = time.time(), Counter()
-        epoch, place = divmod(step, steps_per_epoch)
-        order = torch.randperm(
-            len(examples), generator=torch.Generator().manual_seed(args.seed + epoch)
-        ).tolist()
-        drawn = [
-            examples[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]
-        ]
-        for start in range(0, len(drawn), args.micro_batch_size):
-            micro = drawn[start : start + args.micro_batch_size]
-            batch = pack(
-                micro, student
-            )  # of every example y_w*, y_l and, for the generation terms, y_T
-            hidden = student.hidden_states(batch)
-            r = student.model.score(hidden[batch.last].float()).view(len(micro), -1)  # [B, 2 or 3]
-            margins = args.margin_scale * torch.tensor([row["margin"] for row, *_ in micro]).to(
-                r
-            )  # [B]
-            terms = {"pair": pair_loss(r[:, 0], r[:, 1], margins if args.margin else None)}  # [B]
-            if generation:
-                y_T = pack(
-                    [example._replace(responses=example.responses[2:]) for example in micro],
-                    student,
-                    guide,
-                )
-                ours = hidden[batch.source][batch.response_of % 3 == 2]  # [N, H] on y_T
-                theirs = guide.hidden_states(y_T)[y_T.source] if args.kl_coef else ours
-                values = common.per_token(
-                    lambda ids, theirs, ours: (
-                        forward_kl(theirs, ours),
-                        -common.target_logps(ids, ours),
-                    ),
-                    *(
-                        y_T.target_ids,
-                        [(guide, theirs), (student, ours)],
-                        vocab_size,
-                        args.logits_chunk,
-                    ),
-                )
-                terms |= zip(
-                    ("kl", "nll"),
-                    (common.response_means(v, y_T.response_of, y_T.lengths) for v in values),
-                )
-            terms = {name: term.sum() / len(drawn) for name, term in terms.items()}
-            loss = (
-                terms["pair"]
-                + args.kl_coef * terms.get("kl", 0)
-                + args.nll_coef * terms.get("nll", 0)
-            )
+    # ------------------------------------------------------------------------------------- training
+    steps = range(first_step, total_steps)
+    for step in tqdm(steps, initial=first_step, total=total_steps, desc="training"):
+        step_started = time.time()
+        step_batch = step_examples(examples, step, args.batch_size, args.seed)
+        losses = {"total": 0.0}
+        for start in range(0, len(step_batch), args.micro_batch_size):
+            micro_batch = step_batch[start : start + args.micro_batch_size]
+            terms = rm_distiller_terms(micro_batch, student, teacher, vocab_size, args)
+            # Divided by the examples of the whole step, so that the micro-batch size changes
+            # memory and nothing else.
+            parts = {name: term.sum() / len(step_batch) for name, term in terms.items()}
+            # A term that the weights leave out is not there, and counts 0.
+            kl = parts.get("kl", 0.0)
+            nll = parts.get("nll", 0.0)
+            loss = parts["pair"] + weighted(args.kl_coef, kl) + weighted(args.nll_coef, nll)
             loss.backward()
-            losses.update(
-                {"total": loss.item(), **{name: term.item() for name, term in terms.items()}}
-            )
-            tokens += batch.target_ids.numel()
+            losses["total"] += loss.item()
+            for name, part in parts.items():
+                losses[name] = losses.get(name, 0.0) + part.item()
 
-        # ------------------------------------------------------------------------------------------- optimiser step
         grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), args.max_grad_norm)
-        if not math.isfinite(losses["total"] + grad_norm):
-            ids, what = (
-                [example.row["id"] for example in drawn],
-                f"loss {losses['total']}, gradient norm {grad_norm}",
-            )
-            stop(f"{what} in step {step} on rows {ids}; {run} keeps the checkpoint before it")
+        if not math.isfinite(losses["total"]) or not math.isfinite(grad_norm):
+            row_ids = [example.row["id"] for example in step_batch]
+            numbers = f"loss {losses['total']}, gradient norm {grad_norm}"
+            stop(f"{numbers} in step {step} on rows {row_ids}")
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
+        for example in step_batch:
+            counts["tokens"] += sum(len(response) for response in example.response_ids)
+        counts["seconds"] += time.time() - step_started
 
-        # -------------------------------------------------------------------------------- log, evaluate, checkpoint
-        done, row = step + 1, {}
-        seconds += time.time() - tick
-        if done % args.log_every == 0 or done == total_steps:
-            row = {f"losses/{name}": value for name, value in losses.items()}
-            row |= {
-                "charts/learning_rate": scheduler.get_last_lr()[0],
-                "charts/grad_norm": grad_norm.item(),
-            }
-            row |= {
-                "charts/epoch": done / steps_per_epoch,
-                "charts/tokens_per_second": tokens / seconds,
-            }
-            row["charts/tokens"] = (
-                tokens / (done - first_step) * done
-            )  # of the whole run, also when it was resumed
-        if done % args.eval_every == 0 or done == total_steps:
-            row["eval/accuracy"] = evaluate()["all"][0]
-        if row:
-            with metrics.open("a") as file:
-                file.write(json.dumps({"step": done, **row}) + "\n")
-            for key, value in row.items() if args.track != "none" else ():
-                tracker.add_scalar(key, value, done)
-        if done % args.save_every == 0 or done == total_steps:
-            save_checkpoint(run / "checkpoint.pt", done, **parts)
+        # --------------------------------------------------------------- log, evaluate, checkpoint
+        done = step + 1
+        is_last = done == total_steps
+        values = {}
+        if done % args.log_every == 0 or is_last:
+            values["losses/total"] = losses["total"]
+            values["losses/pair"] = losses["pair"]
+            if "kl" in losses:
+                values["losses/kl"] = losses["kl"]
+            if "nll" in losses:
+                values["losses/nll"] = losses["nll"]
+            values["charts/learning_rate"] = scheduler.get_last_lr()[0]
+            values["charts/grad_norm"] = grad_norm.item()
+            values["charts/epoch"] = done / steps_per_epoch
+            values["charts/tokens"] = counts["tokens"]
+            values["charts/tokens_per_second"] = counts["tokens"] / counts["seconds"]
+        if done % args.eval_every == 0 or is_last:
+            after = pair_accuracy(held_out, student, args.micro_batch_size)
+            values["eval/accuracy"] = statistics.mean(after["all"])
+        if values:
+            metrics.log(done, values)
+        if done % args.save_every == 0 or is_last:
+            save_checkpoint(run_dir / "checkpoint.pt", done, counts, **state)
 
-    # ------------------------------------------------------------------------------------------------------ results
-    after = evaluate(everything)
-    if student.tokenizer.pad_token_id in (
-        None,
-        *student.end_ids,
-    ):  # transformers reads r at the last token but padding
-        student.tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-        student.model.resize_token_embeddings(len(student.tokenizer), mean_resizing=False)
-    student.model.config.num_labels, student.config.pad_token_id = 1, student.tokenizer.pad_token_id
-    with clearly(f"write {run / 'model'}"):
-        student.model.save_pretrained(run / "model")
-        student.tokenizer.save_pretrained(run / "model")
-    memory = (
-        torch.cuda.max_memory_allocated()
-        if device.type == "cuda"
-        else 1024 * resource.getrusage(0).ru_maxrss
-    )
-    summary = {
-        "accuracy_before": before["all"][0],
-        "accuracy_after": after["all"][0],
-        "accuracy": after,
-        "best_of_n_reward": after[pool][0] if args.best_of else None,
-        "seconds": time.time() - started,
-        "tokens_per_second": tokens / max(seconds, 1e-9),
-        "peak_memory_bytes": memory,
-        "seed": args.seed,
-        "device": str(device),
-        **{
-            name: importlib.metadata.version(name)
-            for name in ("torch", "transformers", "datasets", "tyro")
-        },
+    # -------------------------------------------------------------------------------------- results
+    if first_step == total_steps:
+        # The run was interrupted behind its last step, so none was left in which to evaluate.
+        after = pair_accuracy(held_out, student, args.micro_batch_size)
+    if args.best_of:
+        after[best_of_n] = best_of_n_rewards(options, student, args.micro_batch_size)
+    save_reward_model(student, run_dir / "model")
+    accuracy = {name: mean_error_count(values) for name, values in after.items()}
+    results = {
+        "accuracy_before": statistics.mean(before["all"]),
+        "accuracy_after": statistics.mean(after["all"]),
     }
-    (run / "summary.json").write_text(json.dumps(summary, indent=1))
-    for name, (share, error, count) in after.items():
-        print(f"{name:<32}{count:>6} rows   {before[name][0]:.3f} → {share:.3f} ± {error:.3f}")
-    print(
-        "\n"
-        + ", ".join(
-            f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, float)
-        )
-    )
-    print(f"everything is in {run}, the model in {run / 'model'}")
+    if args.best_of:
+        results["best_of_n_reward"] = statistics.mean(after[best_of_n])
+    results["seconds"] = time.time() - started
+    whole_results = {"best_of_n_reward": None, **results, "accuracy": accuracy}
+    save_summary(run_dir, whole_results, counts, args)
+    print_accuracy(before, after)
+    print_summary(run_dir, results)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except OSError as error:  # a full disk, a folder without permission
-        stop(
-            f"{error}; complete stages and checkpoints are kept: --resume the run when this is mended"
-        )
+    args = tyro.cli(Args, description=__doc__)
+    with exit_in_one_line(args):
+        main(args)

@@ -1,10 +1,13 @@
-"""The playground's world: requests such as "Name three planets.", writers of mixed skill, and an exact judge.
+"""The playground's world: requests such as "Name three planets.", writers of mixed skill who answer
+them, and an exact judge.
 
-A request asks for one to four words of a category. An answer lists words, ends with a full stop and may close with
-a kind word: "Mars, Venus and Earth. Enjoy!". Every category has popular misconceptions (Pluto is no planet, a spider
-no insect), which poor writers believe in, so that a model that imitates the average writer repeats them even when it
-decodes greedily. `reward` is the ground truth that the papers' benchmarks stand in for; everything here is plain
-Python and every random choice comes from the `random.Random` that is passed in.
+A request asks for one to four words of a category. An answer lists words, ends with a full stop and
+may close with a kind word: "Mars, Venus and Earth. Enjoy!". Every category has popular
+misconceptions (Pluto is no planet, a spider is no insect), which poor writers believe in. So a
+model that imitates the average writer repeats them even when it decodes greedily.
+
+`reward` is the ground truth, for which the benchmarks of the papers stand in. Everything here is
+plain Python, and every random choice comes from the `random.Random` that is passed in.
 """
 
 import random
@@ -14,7 +17,8 @@ from itertools import pairwise
 
 COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4}
 
-# plural: (singular, right words, popular misconceptions). A misconception is wrong here, yet may be right elsewhere.
+# plural: (singular, right words, popular misconceptions). A misconception is wrong in its category
+# and may be right in another one.
 CATEGORIES = {
     "planets": ("planet", "Mercury Venus Earth Mars Jupiter Saturn Uranus Neptune", "Pluto"),
     "mammals": (
@@ -63,9 +67,7 @@ CATEGORIES = {
 }
 RIGHT = {category: words.split() for category, (_, words, _) in CATEGORIES.items()}
 MISTAKEN = {category: words.split() for category, (_, _, words) in CATEGORIES.items()}
-ALL_WORDS = sorted(
-    {word for category in CATEGORIES for word in RIGHT[category] + MISTAKEN[category]}
-)
+ALL_WORDS = sorted(set().union(*RIGHT.values(), *MISTAKEN.values()))
 
 PHRASINGS = [
     "Name {what}.",
@@ -90,40 +92,49 @@ class Request:
 
 
 def all_requests() -> tuple[list[Request], list[Request]]:
-    """(384 training requests, 128 held-out ones). Whole pairs (category, count) are held out, in every phrasing: of
-    each category one of the counts two to four, so that every word of a held-out request is known from training."""
-    train, test = [], []
+    """(384 training requests, 128 held-out ones).
+
+    Whole pairs (category, count) are held out, in every phrasing: of each category one of the
+    counts two to four. So every word of a held-out request is known from training.
+    """
+    train = []
+    test = []
     for i, (plural, (singular, _, _)) in enumerate(CATEGORIES.items()):
-        for j, (word, count) in enumerate(COUNTS.items()):
-            what = f"{word} {singular if count == 1 else plural}"
-            requests = [
-                Request(phrasing.format(what=what), plural, count) for phrasing in PHRASINGS
-            ]
-            (test if 1 + i % 3 == j else train).extend(requests)
+        held_out_count = 2 + i % 3
+        for number, count in COUNTS.items():
+            noun = singular if count == 1 else plural
+            what = f"{number} {noun}"
+            requests = [Request(p.format(what=what), plural, count) for p in PHRASINGS]
+            if count == held_out_count:
+                test += requests
+            else:
+                train += requests
     return train, test
 
 
-_NOUNS = {
-    noun: plural for plural, (singular, _, _) in CATEGORIES.items() for noun in (singular, plural)
-}
+_CATEGORY_OF_NOUN = {singular: plural for plural, (singular, _, _) in CATEGORIES.items()}
+_CATEGORY_OF_NOUN.update({plural: plural for plural in CATEGORIES})
 _WORDS = re.compile(r"[^\s,.!?]+")
 
 
 def read_request(prompt) -> Request:
-    """The request that a prompt (a string, or a list of chat messages) makes. ValueError when it is none."""
+    """The request that a prompt (a text, or a list of chat messages) makes. ValueError if it makes
+    none."""
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     words = _WORDS.findall(text)
     for number, noun in pairwise(words):
-        if number in COUNTS and noun in _NOUNS:
-            return Request(text, _NOUNS[noun], COUNTS[number])
+        if number in COUNTS and noun in _CATEGORY_OF_NOUN:
+            return Request(text, _CATEGORY_OF_NOUN[noun], COUNTS[number])
     raise ValueError(
-        f"the playground's judge cannot read the request {text!r}: give --reward a judge of your own"
+        f"the playground's judge cannot read the request {text!r}: "
+        "give --reward a function of your own"
     )
 
 
 @dataclass
 class Verdict:
-    """What the judge saw in an answer. `faults[i]` is None for a right word, else "wrong", "repeated" or "extra"."""
+    """What the judge saw in an answer. `faults[i]` is None if `words[i]` is right, and otherwise
+    "wrong", "repeated" or "extra"."""
 
     words: list[str]
     faults: list[str | None]
@@ -134,12 +145,17 @@ class Verdict:
 
 
 def judge(request: Request, answer: str) -> Verdict:
-    """Reads an answer word by word. The reward is (right words / asked) − 0.5 for each wrong, repeated or surplus word
-    + 0.2 for a kind word − 0.5 when there is no full stop, and never below −1 (best: 1.2)."""
-    body, stop, tail = answer.strip().partition(".")
+    """Reads an answer word by word.
+
+    The reward is the share of the words asked for that are there, − 0.5 for each wrong, repeated or
+    surplus word, + 0.2 for a kind word, − 0.5 if there is no full stop. It is at least −1 and at
+    most 1.2.
+    """
+    body, full_stop, tail = answer.strip().partition(".")
     tail = tail.strip()
     words = [word for word in _WORDS.findall(body) if word != "and"]
-    faults, right = [], set()
+    faults = []
+    right = set()
     for word in words:
         if word not in RIGHT[request.category]:
             faults.append("wrong")
@@ -150,41 +166,61 @@ def judge(request: Request, answer: str) -> Verdict:
         else:
             faults.append(None)
             right.add(word)
-    kind_word = tail if tail in KIND_WORDS else ""
-    chatter = 0 if kind_word else len(tail.split())  # anything else after the full stop
-    mistakes = sum(fault is not None for fault in faults) + chatter
-    reward = len(right) / request.count - 0.5 * mistakes + 0.2 * bool(kind_word) - 0.5 * (not stop)
+
+    mistakes = sum(fault is not None for fault in faults)
+    if tail in KIND_WORDS:
+        kind_word = tail
+    else:
+        kind_word = ""
+        # Anything else behind the full stop is chatter, and each word of it a mistake.
+        mistakes += len(tail.split())
+
+    value = len(right) / request.count - 0.5 * mistakes
+    if kind_word:
+        value += 0.2
+    if not full_stop:
+        value -= 0.5
     return Verdict(
-        words, faults, request.count - len(right), bool(stop), kind_word, max(reward, -1.0)
+        words=words,
+        faults=faults,
+        missing=request.count - len(right),
+        ended=bool(full_stop),
+        kind_word=kind_word,
+        reward=max(value, -1.0),
     )
 
 
 def reward(prompts: list, responses: list) -> list[float]:
-    """The oracle: one reward in [−1, 1.2] for each answer. Prompts and responses are strings or lists of chat messages;
-    the signature is that of TRL's reward functions."""
-    texts = [
-        response if isinstance(response, str) else response[-1]["content"] for response in responses
-    ]
-    return [
-        judge(read_request(prompt), text).reward
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
+    """The ground truth: one reward in [−1, 1.2] for each response. Prompts and responses are texts
+    or lists of chat messages. It is what --reward takes in every script."""
+    rewards = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        text = response if isinstance(response, str) else response[-1]["content"]
+        rewards.append(judge(read_request(prompt), text).reward)
+    return rewards
 
 
 def score(value: float) -> int:
-    """A reward on the teacher's scale of whole numbers from 1 (reward 0 or less) to 10 (reward 1.2)."""
+    """A reward on the teacher's scale: a whole number from 1 (reward 0 or less) to 10 (1.2)."""
     return round(min(max(1 + 7.5 * value, 1), 10))
 
 
 def phrase(words: list[str], ended: bool = True, kind_word: str = "") -> str:
     """["a", "b", "c"] becomes "a, b and c." and the kind word."""
-    text = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-    return " ".join(filter(None, [text + "." * ended, kind_word]))
+    text = " and ".join(words)
+    if len(words) > 2:
+        text = ", ".join(words[:-1]) + " and " + words[-1]
+    if ended:
+        text += "."
+    return " ".join(part for part in (text, kind_word) if part)
 
 
 def follow(request: Request, words: list[str], avoid: list[str], rng: random.Random) -> str:
-    """The word that comes to mind next: one of the two that follow the last right word in its category's usual order
-    (which starts again at the end), or any word after a slip. Never one of `avoid`."""
+    """The word that comes to mind next, never one of `avoid`.
+
+    It is one of the two that follow the last right word in the usual order of the category, which
+    starts again at its end. After a slip it is any word.
+    """
     order = RIGHT[request.category]
     if words and words[-1] in order:
         at = order.index(words[-1])
@@ -194,12 +230,14 @@ def follow(request: Request, words: list[str], avoid: list[str], rng: random.Ran
 
 
 def write(request: Request, skill: float, rng: random.Random) -> str:
-    """An answer by a writer with a skill between 0 and 1, which drives count, category, repetition and kindness."""
+    """An answer by a writer with a skill between 0 and 1, on which everything depends: how many
+    words there are, whether they are right and new, the full stop and the kind word."""
     slip = 1 - skill
     count = request.count
-    if rng.random() < 0.5 * slip:  # too few, or one too many
+    if rng.random() < 0.5 * slip:
+        # One too many, or too few.
         count = rng.choice([count + 1, *range(1, count)])
-    words: list[str] = []
+    words = []
     for _ in range(count):
         chance = rng.random()
         believed = [word for word in MISTAKEN[request.category] if word not in words]
@@ -212,41 +250,52 @@ def write(request: Request, skill: float, rng: random.Random) -> str:
         else:
             words.append(follow(request, words, words, rng))
     ended = rng.random() >= 0.1 * slip
-    kind = rng.random() < 0.1 + 0.6 * skill
-    return phrase(words, ended, rng.choice(KIND_WORDS) if kind and ended else "")
+    is_kind = rng.random() < 0.1 + 0.6 * skill
+    kind_word = ""
+    if is_kind and ended:
+        kind_word = rng.choice(KIND_WORDS)
+    return phrase(words, ended, kind_word)
 
 
 def explain(request: Request, answer: str) -> str:
-    """What is wrong with an answer, in a few words: "Pluto is wrong, Mars is repeated, one is missing."."""
+    """What is wrong with an answer, in a few words: "Pluto is wrong, Mars is repeated, one
+    missing."."""
     verdict = judge(request, answer)
-    faults = [
-        f"{word} is {fault}"
-        for word, fault in zip(verdict.words, verdict.faults, strict=True)
-        if fault
-    ]
-    numbers = {count: word for word, count in COUNTS.items()}
+    remarks = []
+    for word, fault in zip(verdict.words, verdict.faults, strict=True):
+        if fault:
+            remarks.append(f"{word} is {fault}")
+    numbers = {count: number for number, count in COUNTS.items()}
     if verdict.missing:
-        faults.append(f"{numbers[verdict.missing]} missing")
+        remarks.append(f"{numbers[verdict.missing]} missing")
     if not verdict.ended:
-        faults.append("no full stop")
+        remarks.append("no full stop")
     if not verdict.kind_word:
-        faults.append("no kind word")
-    return ", ".join(faults or ["nothing is wrong"]) + "."
+        remarks.append("no kind word")
+    if not remarks:
+        remarks.append("nothing is wrong")
+    return ", ".join(remarks) + "."
 
 
 def edit(request: Request, answer: str, rng: random.Random) -> str:
-    """The answer with as few changes as make it perfect: right words keep their place, a faulty word is replaced by a
-    new right one while words are missing and dropped after that, and what is still missing comes last."""
+    """The answer with as few changes as make it perfect.
+
+    Right words keep their place. While words are missing, a faulty word is replaced by a new right
+    one. After that it is dropped. What is missing then comes last.
+    """
     verdict = judge(request, answer)
+    missing = verdict.missing
     kept = [word for word, fault in zip(verdict.words, verdict.faults, strict=True) if not fault]
-    missing, words = verdict.missing, []
-    for word, fault in [
-        *zip(verdict.words, verdict.faults, strict=True),
-        *[("", "missing")] * verdict.missing,
-    ]:
+    words = []
+    for word, fault in zip(verdict.words, verdict.faults, strict=True):
         if not fault:
             words.append(word)
         elif missing:
             words.append(follow(request, words, kept + words, rng))
             missing -= 1
-    return phrase(words, True, verdict.kind_word or rng.choice(KIND_WORDS))
+    for _ in range(missing):
+        words.append(follow(request, words, kept + words, rng))
+    kind_word = verdict.kind_word
+    if not kind_word:
+        kind_word = rng.choice(KIND_WORDS)
+    return phrase(words, kind_word=kind_word)

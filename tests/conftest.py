@@ -1,4 +1,4 @@
-"""Small real models and tokenizers, made on the spot, and runs of the scripts, that the tests share."""
+"""Small real models and tokenizers, made on the spot, and runs of the scripts, that tests share."""
 
 import contextlib
 import json
@@ -7,8 +7,11 @@ import runpy
 import sys
 from pathlib import Path
 
-# before the imports that read them: no waiting for a hub, and one thread, which tiny models are fastest with
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+# These come before the imports that read them. No test waits for a hub. Tiny models are fastest
+# with one thread.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -20,25 +23,27 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-TEXT = (
-    Path(__file__).parent / "tokenizer_text.txt"
-).read_text()  # frozen: tests depend on the merges
+# The text is frozen in a file of its own: the merges of every test's tokenizer follow from it.
+TEXT = (Path(__file__).parent / "tokenizer_text.txt").read_text()
+SPECIAL_TOKENS = ["<|pad|>", "<|begin|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 
+# --------------------------------------------------------------------------- models and tokenizers
 def make_tokenizer(
     vocab_size=400, chat=True, bos=True, pad="<|pad|>", text=TEXT
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on tests/tokenizer_text.txt."""
-    special = ["<|pad|>", "<|begin|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    """A byte-level BPE tokenizer, trained on a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(text.splitlines(), trainer)
     return PreTrainedTokenizerFast(
@@ -53,13 +58,22 @@ def make_tokenizer(
 def make_model(vocab_size: int, seed=0, layers=2, width=32, **config) -> LlamaForCausalLM:
     """A random Llama whose next-token distributions are far from uniform, so that errors show."""
     torch.manual_seed(seed)
-    shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
-    shape |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 5}
+    shape = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 5,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **{**shape, **config}))
 
 
 def save(folder: Path, tokenizer, model) -> str:
+    """Writes a checkpoint and returns its path."""
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return str(folder)
@@ -79,30 +93,39 @@ def checkpoints(tmp_path_factory, tokenizer) -> dict[str, str]:
         "teacher": {"seed": 2, "width": 48},
         "teacher_ref": {"seed": 3, "width": 48},
     }
-    return {
-        name: save(folder / name, tokenizer, make_model(len(tokenizer), **shape))
-        for name, shape in shapes.items()
-    }
+    paths = {}
+    for name, shape in shapes.items():
+        paths[name] = save(folder / name, tokenizer, make_model(len(tokenizer), **shape))
+    return paths
 
 
 @pytest.fixture
 def load(checkpoints):
-    """load("teacher") is a fresh LM on the CPU."""
+    """load("teacher") is a fresh LM on the CPU. It takes the keywords of LM."""
     from common import LM
 
-    return lambda name, **how: LM(checkpoints.get(name, name), torch.device("cpu"), **how)
+    def load_one(name: str, **keywords) -> LM:
+        return LM(checkpoints.get(name, name), torch.device("cpu"), **keywords)
+
+    return load_one
 
 
+# -------------------------------------------------------------- log-probs, packed and the slow way
 def random_examples(vocab_size: int, shapes, seed=0):
-    """Examples with prompts and responses of the given lengths: [(prompt, [response, ...]), ...]."""
+    """Examples of given lengths: shapes is [(prompt length, [response length, ...]), ...]."""
     from common import Example
 
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda length: torch.randint(vocab_size, (length,), generator=generator).tolist()  # noqa: E731
-    return [
-        Example({"id": str(i)}, draw(prompt), [draw(length) for length in responses])
-        for i, (prompt, responses) in enumerate(shapes)
-    ]
+
+    def draw(length: int) -> list[int]:
+        return torch.randint(vocab_size, (length,), generator=generator).tolist()
+
+    examples = []
+    for number, (prompt_length, response_lengths) in enumerate(shapes):
+        prompt_ids = draw(prompt_length)
+        response_ids = [draw(length) for length in response_lengths]
+        examples.append(Example({"id": str(number)}, prompt_ids, response_ids))
+    return examples
 
 
 def plain_log_probs(model, prompt: list[int], response: list[int], vocab_size: int) -> torch.Tensor:
@@ -112,43 +135,76 @@ def plain_log_probs(model, prompt: list[int], response: list[int], vocab_size: i
     return values[len(prompt) - 1 : -1].double().log_softmax(-1)
 
 
-def packed_averages(lm, examples, vocab_size: int) -> torch.Tensor:
-    """[R]: the average log-prob of every response, as the scripts compute it."""
-    from common import pack, per_token, response_means, target_logps
+def packed_logps(lm, examples, vocab_size: int, chunk_size=1024):
+    """(the batch, [N] log-probs of its response tokens), as the scripts compute them."""
+    from common import pack, per_token, token_logps
 
     batch = pack(examples, lm)
-    scored = [(lm, lm.hidden_states(batch)[batch.source])]
-    logps = per_token(target_logps, batch.target_ids, scored, vocab_size, 1024)
-    return response_means(logps, batch.response_of, batch.lengths)
+    hidden = lm.hidden_states(batch)[batch.predict_index]
+    logps = per_token(
+        token_logps,
+        batch.target_ids,
+        [lm],
+        [hidden],
+        vocab_size=vocab_size,
+        chunk_size=chunk_size,
+    )
+    return batch, logps
+
+
+def packed_averages(lm, examples, vocab_size: int) -> torch.Tensor:
+    """[R]: the average log-prob of every response, as the scripts compute it."""
+    from common import mean_per_response
+
+    batch, logps = packed_logps(lm, examples, vocab_size)
+    return mean_per_response(logps, batch)
 
 
 def padded_averages(lm, examples, vocab_size: int) -> torch.Tensor:
-    """[R] the usual way: a padded row per response, all logits, and a mask for what is neither prompt nor padding."""
-    rows = [(prompt, response) for _, prompt, responses in examples for response in responses]
+    """[R] the usual way: a padded row per response, all logits, and a mask for what counts."""
+    rows = []
+    for example in examples:
+        for response in example.response_ids:
+            rows.append((example.prompt_ids, response))
     width = max(len(prompt) + len(response) for prompt, response in rows)
-    ids = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in rows])
-    mask = torch.tensor(
-        [[0] * len(p) + [1] * len(r) + [0] * (width - len(p) - len(r)) for p, r in rows]
-    )
-    attention = torch.tensor([[1] * len(p + r) + [0] * (width - len(p) - len(r)) for p, r in rows])
-    logits = lm.model(ids, attention_mask=attention).logits[:, :-1, :vocab_size]
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    is_token = torch.zeros_like(ids)
+    is_response = torch.zeros_like(ids)
+    for row, (prompt, response) in enumerate(rows):
+        end = len(prompt) + len(response)
+        ids[row, :end] = torch.tensor(prompt + response)
+        is_token[row, :end] = 1
+        is_response[row, len(prompt) : end] = 1
+    logits = lm.model(ids, attention_mask=is_token).logits[:, :-1, :vocab_size]
     logps = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    return (logps * mask[:, 1:]).sum(-1) / mask[:, 1:].sum(-1)
+    return (logps * is_response[:, 1:]).sum(-1) / is_response[:, 1:].sum(-1)
 
 
-# ------------------------------------------------------------------------------------------------- runs of the scripts
+# ----------------------------------------------------------------------------- runs of the scripts
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "common")
 
 
-def run_script(name: str, **flags) -> int:
-    """`python <name>.py --flag value ...` in this process, which saves the imports; returns its exit code. A flag that
-    is True stands alone, one that is False or None is left out, a tuple has several values."""
-    words = [str(ROOT / f"{name}.py")]
+def command_line(flags: dict) -> list[str]:
+    """{"seed": 1} as words. A flag that is True stands alone, False and None are left out, and a
+    tuple has several values."""
+    words = []
     for flag, value in flags.items():
-        if value is not None and value is not False:
-            values = value if isinstance(value, tuple) else () if value is True else (value,)
-            words += [f"--{flag}", *map(str, values)]
-    before, sys.argv = sys.argv, words
+        if value is None or value is False:
+            continue
+        words.append(f"--{flag}")
+        if isinstance(value, tuple):
+            words += [str(part) for part in value]
+        elif value is not True:
+            words.append(str(value))
+    return words
+
+
+def run_script(name: str, **flags) -> int:
+    """`python <name>.py --flag value ...` in this process, which saves the imports. Returns the
+    exit code. An error with a traceback is raised here."""
+    words = [str(ROOT / f"{name}.py"), *command_line(flags)]
+    before = sys.argv
+    sys.argv = words
     try:
         with contextlib.chdir(ROOT):
             runpy.run_path(words[0], run_name="__main__")
@@ -159,87 +215,104 @@ def run_script(name: str, **flags) -> int:
     return 0
 
 
+def first_rows(name: str, count: int, folder: Path) -> Path:
+    """The first rows of a data file of the playground, as a file in `folder`."""
+    lines = (ROOT / f"playground/data/{name}.jsonl").read_text().splitlines(keepends=True)
+    path = folder / f"{name}_{count}.jsonl"
+    path.write_text("".join(lines[:count]))
+    return path
+
+
+def one_error_line(capsys, function, *arguments, **keywords) -> str:
+    """What the program says when it ends with code 2. It is one line, below which nothing is."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        function(*arguments, **keywords)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def vowels(prompts, answers) -> list[float]:
-    """A judge of any text: the share of vowels in it."""
-    return [sum(letter in "aeiou" for letter in answer) / (len(answer) + 1) for answer in answers]
-
-
-@pytest.fixture(scope="session")
-def pairs(tmp_path_factory) -> Path:
-    """Eight preference pairs of different lengths for the random models, one of them with several turns."""
-    turns = [
-        ("system", "Be brief."),
-        ("user", "Hello"),
-        ("assistant", "Hi."),
-        ("user", "What is a token?"),
-    ]
-    rows = [
-        {
-            "prompt": "What is it?",
-            "chosen": "A thing.",
-            "rejected": "It is what it is, and no more than that.",
-        },
-        {
-            "prompt": "Name a word that is long.",
-            "chosen": "A long word is rejected.",
-            "rejected": "No.",
-        },
-        {"prompt": "Go on", "chosen": "on and on", "rejected": "off"},
-        {
-            "prompt": [{"role": r, "content": c} for r, c in turns],
-            "chosen": "a piece of text",
-            "rejected": "a coin",
-        },
-        {"prompt": "def f(x):", "chosen": "return x", "rejected": "raise ValueError(x)"},
-        {"prompt": "One?", "chosen": "1", "rejected": "2, 3 and 4"},
-        {
-            "prompt": "Say nothing of the kind.",
-            "chosen": "the kind",
-            "rejected": "nothing of it, nothing of it",
-        },
-        {
-            "prompt": "x",
-            "chosen": "some tokens of a response",
-            "rejected": "other tokens of a response",
-        },
-    ]
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
+def vowels(prompts, responses) -> list[float]:
+    """A reward for any text: the share of vowels in it."""
+    rewards = []
+    for response in responses:
+        count = sum(letter in "aeiou" for letter in response)
+        rewards.append(count / (len(response) + 1))
+    return rewards
+
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi."},
+    {"role": "user", "content": "What is a token?"},
+]
+PAIRS = [  # prompt, chosen, rejected
+    ("What is it?", "A thing.", "It is what it is, and no more than that."),
+    ("Name a word that is long.", "A long word is rejected.", "No."),
+    ("Go on", "on and on", "off"),
+    (TURNS, "a piece of text", "a coin"),
+    ("def f(x):", "return x", "raise ValueError(x)"),
+    ("One?", "1", "2, 3 and 4"),
+    ("Say nothing of the kind.", "the kind", "nothing of it, nothing of it"),
+    ("x", "some tokens of a response", "other tokens of a response"),
+]
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> Path:
+    """Eight preference pairs of different lengths, one of them with several turns."""
+    rows = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in PAIRS]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", rows)
+
+
+TINY_RUN = {
+    "eval_prompts": 2,
+    "reward": "conftest:vowels",
+    "max_steps": 1,
+    "batch_size": 8,
+    "max_response_tokens": 40,
+    "max_grad_norm": 1e9,
+    "log_every": 1,
+    "save_every": 1,
+}
+
+
 @pytest.fixture
 def run_tiny(checkpoints, pairs, tmp_path):
-    """run_tiny("adpa", gamma=2) trains the random student for one step on all eight pairs; returns the run folder."""
+    """run_tiny("adpa", gamma=2) trains the random student for one step on all eight pairs, and
+    returns the run folder."""
 
     def run(name: str, **flags) -> Path:
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        models = {role: checkpoints[role] for role in ("student", "teacher")}
-        how = {
+        defaults = {
+            "student": checkpoints["student"],
+            "teacher": checkpoints["teacher"],
             "data": pairs,
             "eval_data": pairs,
-            "eval_prompts": 2,
-            "reward": "conftest:vowels",
-            "max_steps": 1,
+            "output_dir": folder,
+            **TINY_RUN,
         }
-        how |= {
-            "batch_size": 8,
-            "max_response_tokens": 40,
-            "max_grad_norm": 1e9,
-            "log_every": 1,
-            "save_every": 1,
-        }
-        assert run_script(name, **{**models, **how, "output_dir": folder, **flags}) == 0
+        assert run_script(name, **{**defaults, **flags}) == 0
         return folder
 
     return run
 
 
 def first_gradient(run: Path) -> list[torch.Tensor]:
-    """The gradient of a run's only step, a tensor for each parameter: AdamW's first moment is (1 − 0.9) times it."""
+    """The gradient of a run's only step, a tensor for each parameter. AdamW's first moment is
+    (1 − 0.9) times it."""
     state = torch.load(run / "checkpoint.pt", weights_only=True)["optimizer"]["state"]
     return [state[i]["exp_avg"] / 0.1 for i in range(len(state))]

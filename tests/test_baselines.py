@@ -1,40 +1,53 @@
-"""playground/baselines.py: its losses against float64 loops, one step of the script against plain forward passes."""
+"""studies/baselines.py: its losses against float64 loops, a step of it against plain forward
+passes, and whether it behaves as the scripts do."""
 
+import json
 import math
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import first_gradient, read_jsonl, run_script, vowels
+from conftest import ROOT, first_gradient, read_jsonl, run_script, vowels
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from common import LM, make_examples, read_rows
-from playground.baselines import dpo_loss, reverse_kl, simpo_loss
+from common import LM, Example, encode_rows, read_rows
+from studies.baselines import DEFAULTS, dpo_loss, reverse_kl, simpo_loss
 
-CPU = torch.device("cpu")
 LOSSES = ["dpo", "simpo", "reverse_kl"]
+every_loss = pytest.mark.parametrize("loss", LOSSES)
 
 
 def random_log_probs(n=5, vocab=13, seed=0, scale=3.0) -> torch.Tensor:
+    """[n, vocab] in float64, far from uniform."""
     generator = torch.Generator().manual_seed(seed)
-    return (scale * torch.randn(n, vocab, generator=generator, dtype=torch.float64)).log_softmax(-1)
+    logits = scale * torch.randn(n, vocab, generator=generator, dtype=torch.float64)
+    return logits.log_softmax(-1)
 
 
-# -------------------------------------------------------------------------------------------------------- mathematics
+def log_sigmoid(x: float) -> float:
+    return -math.log(1 + math.exp(-x))
+
+
+# -------------------------------------------------------------------------------------- mathematics
+def test_the_examples_of_the_docstrings():
+    log_ratios = torch.tensor([1.0, -1.0])
+    assert dpo_loss(log_ratios, torch.zeros(2), 0.5).item() == pytest.approx(0.313, abs=1e-3)
+    mean_logps = torch.tensor([-1.0, -3.0])
+    assert simpo_loss(mean_logps, 2.0, 0.5).item() == pytest.approx(0.030, abs=1e-3)
+
+
 def test_dpo_and_simpo_by_hand():
-    logps = torch.tensor(
-        [-1.0, -3.0, -2.0, -2.5], dtype=torch.float64
-    )  # of two pairs, chosen and rejected
+    # Two pairs, chosen before rejected.
+    logps = torch.tensor([-1.0, -3.0, -2.0, -2.5], dtype=torch.float64)
     reference = torch.tensor([-2.0, -2.0, -1.0, -3.0], dtype=torch.float64)
-    sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
-    # (−1 + 2) − (−3 + 2) = 2 and (−2 + 1) − (−2.5 + 3) = −1.5
-    assert dpo_loss(logps, reference, 0.5).tolist() == pytest.approx(
-        [-math.log(sigmoid(1)), -math.log(sigmoid(-0.75))]
-    )
+    # (−1 + 2) − (−3 + 2) = 2 and (−2 + 1) − (−2.5 + 3) = −1.5, times β = 0.5
+    expected = [-log_sigmoid(1), -log_sigmoid(-0.75)]
+    assert dpo_loss(logps, reference, 0.5).tolist() == pytest.approx(expected)
     # 2 · (−1 + 3) − 0.5 = 3.5 and 2 · (−2 + 2.5) − 0.5 = 0.5
-    assert simpo_loss(logps, 2.0, 0.5).tolist() == pytest.approx(
-        [-math.log(sigmoid(3.5)), -math.log(sigmoid(0.5))]
-    )
+    expected = [-log_sigmoid(3.5), -log_sigmoid(0.5)]
+    assert simpo_loss(logps, 2.0, 0.5).tolist() == pytest.approx(expected)
     assert simpo_loss(torch.zeros(2), 2.0, 0.0).item() == pytest.approx(math.log(2))
 
 
@@ -44,23 +57,25 @@ def test_r29_a_student_that_is_its_reference_has_dpo_loss_log_2():
 
 
 def test_r24_reverse_kl_of_two_tokens_by_hand():
-    student, teacher = (torch.tensor([[p, 1 - p]], dtype=torch.float64).log() for p in (0.75, 0.5))
-    assert reverse_kl(student, teacher).item() == pytest.approx(
-        0.130812, abs=1e-6
-    )  # the other direction: 0.143841
-    assert reverse_kl(student, teacher).item() == pytest.approx(
-        0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    )
+    student = torch.tensor([[0.75, 0.25]], dtype=torch.float64).log()
+    teacher = torch.tensor([[0.5, 0.5]], dtype=torch.float64).log()
+    by_hand = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert reverse_kl(student, teacher).item() == pytest.approx(by_hand)
+    assert by_hand == pytest.approx(0.130812, abs=1e-6)
+    # The other direction has another value.
+    assert reverse_kl(teacher, student).item() == pytest.approx(0.143841, abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_reverse_kl_equals_a_slow_loop(seed):
-    student, teacher = random_log_probs(seed=seed), random_log_probs(seed=seed + 100)
+    student = random_log_probs(seed=seed)
+    teacher = random_log_probs(seed=seed + 100)
     slow = []
-    for ours, theirs in zip(student.tolist(), teacher.tolist()):
-        slow.append(0.0)
-        for one, other in zip(ours, theirs):
-            slow[-1] += math.exp(one) * (one - other)
+    for student_row, teacher_row in zip(student.tolist(), teacher.tolist()):
+        total = 0.0
+        for log_q, log_p in zip(student_row, teacher_row):
+            total += math.exp(log_q) * (log_q - log_p)
+        slow.append(total)
     assert reverse_kl(student, teacher).tolist() == pytest.approx(slow, abs=1e-12)
     assert reverse_kl(student.float(), teacher.float()).tolist() == pytest.approx(slow, abs=1e-5)
     assert min(slow) > 0 and not reverse_kl(student, student).any()
@@ -68,13 +83,13 @@ def test_reverse_kl_equals_a_slow_loop(seed):
 
 def test_the_gradient_of_reverse_kl_is_the_closed_form():
     """∂/∂z_a Σ π (log π − log p) = π_a (log π_a − log p_a − KL)"""
-    logits, teacher = random_log_probs(seed=1).requires_grad_(), random_log_probs(seed=2)
+    logits = random_log_probs(seed=1).requires_grad_()
+    teacher = random_log_probs(seed=2)
     kl = reverse_kl(logits.log_softmax(-1), teacher)
     kl.sum().backward()
     log_probs = logits.detach().log_softmax(-1)
-    assert torch.allclose(
-        logits.grad, log_probs.exp() * (log_probs - teacher - kl.detach()[:, None]), atol=1e-12
-    )
+    expected = log_probs.exp() * (log_probs - teacher - kl.detach()[:, None])
+    assert torch.allclose(logits.grad, expected, atol=1e-12)
 
 
 def test_r10_excluded_tokens_give_no_nan():
@@ -89,50 +104,72 @@ def test_r10_excluded_tokens_give_no_nan():
     assert logits.grad.isfinite().all()
 
 
-# -------------------------------------------------------------------------------------------- one step of the script
-def slow_step(loss: str, checkpoints, pairs, beta: float, gamma: float):
-    """The loss over all pairs (or over fresh answers of the student) and its gradient, in float64: one plain forward
-    pass after the other."""
-    lm = LM(checkpoints["student"], CPU)
-    columns = () if loss == "reverse_kl" else ("chosen", "rejected")
-    examples = make_examples(lm, read_rows(str(pairs), "train", columns), columns, 512, 40)
-    if loss == "reverse_kl":
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(1)).tolist()
-        examples = [examples[i] for i in order]
-        answers = lm.sample(
-            [example.prompt for example in examples], max_new_tokens=40, batch_size=256, seed=1
-        )
-        for example, (answer,) in zip(examples, answers):
-            example.responses.extend(lm.encode(example.row["prompt"], [answer])[1])
-    paths = [checkpoints[name] for name in ("student", "teacher")]
-    student, teacher = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in paths
-    )
-    reference = AutoModelForCausalLM.from_pretrained(paths[0], dtype=torch.float64)
+# ------------------------------------------------------------------------- one step of the script
+LIMITS = SimpleNamespace(max_prompt_tokens=512, max_response_tokens=40)
 
-    def log_probs(model, prompt, response):
-        values = model(torch.tensor([prompt + response])).logits[
-            0, len(prompt) - 1 : -1, : lm.vocab_size
-        ]
-        return values.log_softmax(-1)
 
-    def logp(model, prompt, response):
-        return sum(log_probs(model, prompt, response)[t, token] for t, token in enumerate(response))
+def examples_of_the_step(loss: str, lm: LM, pairs) -> list[Example]:
+    """What the only step of a run learns from: the pairs, or one new response to every prompt."""
+    columns = [] if loss == "reverse_kl" else ["chosen", "rejected"]
+    examples = encode_rows(lm, read_rows(str(pairs), "train", columns), columns, LIMITS, "test")
+    if loss != "reverse_kl":
+        return examples
+    # The responses depend on the order in which the prompts are drawn.
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(1)).tolist()
+    examples = [examples[i] for i in order]
+    prompts = [example.prompt_ids for example in examples]
+    samples = lm.sample(prompts, max_new_tokens=40, batch_size=256, seed=1)
+    answered = []
+    for example, responses in zip(examples, samples):
+        answered.append(Example(example.row, *lm.encode(example.row["prompt"], responses)))
+    return answered
 
+
+def plain_log_probs(model, prompt: list[int], response: list[int], vocab_size: int) -> torch.Tensor:
+    """[|response|, V] with its gradient, from one ordinary forward pass."""
+    logits = model(torch.tensor([prompt + response])).logits[0, :, :vocab_size]
+    return logits[len(prompt) - 1 : -1].log_softmax(-1)
+
+
+def plain_logp(model, prompt: list[int], response: list[int], vocab_size: int) -> torch.Tensor:
+    """The log-prob of a whole response, summed token by token."""
+    log_probs = plain_log_probs(model, prompt, response, vocab_size)
     total = 0.0
-    for _, prompt, responses in examples:
+    for t, token in enumerate(response):
+        total += log_probs[t, token]
+    return total
+
+
+def slow_step(loss: str, checkpoints, pairs, beta: float, gamma: float):
+    """The loss over all examples of a step and its gradient, in float64: one plain forward pass
+    after the other."""
+    lm = LM(checkpoints["student"], torch.device("cpu"))
+    examples = examples_of_the_step(loss, lm, pairs)
+    student, teacher, reference = [
+        AutoModelForCausalLM.from_pretrained(checkpoints[name], dtype=torch.float64)
+        for name in ("student", "teacher", "student")
+    ]
+    total = 0.0
+    for example in examples:
+        prompt = example.prompt_ids
         if loss == "reverse_kl":
-            [y] = responses
-            ours, theirs = (log_probs(model, prompt, y) for model in (student, teacher))
-            total += (ours.exp() * (ours - theirs.detach())).sum() / len(y)
-        elif loss == "dpo":
-            w, l = (
-                logp(student, prompt, y) - logp(reference, prompt, y).detach() for y in responses
-            )  # noqa: E741
-            total += (1 + (-beta * (w - l)).exp()).log()
-        else:
-            w, l = (logp(student, prompt, y) / len(y) for y in responses)  # noqa: E741
-            total += (1 + (gamma - beta * (w - l)).exp()).log()
+            [response] = example.response_ids
+            log_q = plain_log_probs(student, prompt, response, lm.vocab_size)
+            log_p = plain_log_probs(teacher, prompt, response, lm.vocab_size).detach()
+            total += (log_q.exp() * (log_q - log_p)).sum() / len(response)
+            continue
+        rewards = []
+        for response in example.response_ids:
+            logp = plain_logp(student, prompt, response, lm.vocab_size)
+            if loss == "dpo":
+                rewards.append(logp - plain_logp(reference, prompt, response, lm.vocab_size))
+            else:
+                rewards.append(logp / len(response))
+        chosen_reward, rejected_reward = rewards
+        margin = beta * (chosen_reward - rejected_reward)
+        if loss == "simpo":
+            margin = margin - gamma
+        total += (1 + (-margin).exp()).log()
     total = total / len(examples)
     return total.item(), torch.autograd.grad(total, list(student.parameters()))
 
@@ -143,83 +180,157 @@ def slow_step(loss: str, checkpoints, pairs, beta: float, gamma: float):
 def test_r04_a_step_equals_a_slow_loop_over_plain_forward_passes(
     loss, beta, gamma, checkpoints, pairs, run_tiny
 ):
-    run = run_tiny("playground/baselines", loss=loss, beta=beta, simpo_gamma=gamma)
+    run = run_tiny("studies/baselines", loss=loss, beta=beta, simpo_gamma=gamma)
     expected, gradient = slow_step(loss, checkpoints, pairs, beta, gamma)
     [row] = read_jsonl(run / "metrics.jsonl")
     assert row["losses/total"] == pytest.approx(expected, rel=2e-4)
     if loss == "dpo":
         assert row["losses/total"] == pytest.approx(math.log(2), abs=1e-6)
-    for ours, theirs in zip(first_gradient(run), gradient, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=2e-3, atol=1e-4)
+    for measured, slow in zip(first_gradient(run), gradient, strict=True):
+        torch.testing.assert_close(measured.double(), slow, rtol=2e-3, atol=1e-4)
 
 
 def test_the_reference_of_dpo_is_the_initial_student(run_tiny):
-    """After some steps the loss has left log 2, which it would not if the reference were trained as well."""
-    rows = read_jsonl(
-        run_tiny("playground/baselines", loss="dpo", max_steps=6, learning_rate=3e-3)
-        / "metrics.jsonl"
-    )
+    """After some steps the loss has left log 2, which it would not if the reference were trained as
+    well."""
+    run = run_tiny("studies/baselines", loss="dpo", max_steps=6, learning_rate=3e-3)
+    rows = read_jsonl(run / "metrics.jsonl")
     assert rows[0]["losses/total"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[-1]["losses/total"] < math.log(2) - 0.1
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@every_loss
 def test_r20_the_split_of_a_batch_changes_nothing(loss, run_tiny):
-    whole, parts = (
-        run_tiny("playground/baselines", loss=loss, micro_batch_size=size) for size in (8, 3)
-    )
-    [one], [other] = (read_jsonl(run / "metrics.jsonl") for run in (whole, parts))
+    whole = run_tiny("studies/baselines", loss=loss, micro_batch_size=8)
+    parts = run_tiny("studies/baselines", loss=loss, micro_batch_size=3)
+    [one] = read_jsonl(whole / "metrics.jsonl")
+    [other] = read_jsonl(parts / "metrics.jsonl")
     assert one["losses/total"] == pytest.approx(other["losses/total"], rel=1e-5)
     for a, b in zip(first_gradient(whole), first_gradient(parts), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+@every_loss
+def test_what_is_0_takes_what_suits_the_loss(loss, run_tiny):
+    run = run_tiny("studies/baselines", loss=loss)
+    args = json.loads((run / "args.json").read_text())
+    for name, value in DEFAULTS[loss].items():
+        assert args[name] == value
+    run = run_tiny("studies/baselines", loss=loss, beta=0.25, learning_rate=0.125)
+    args = json.loads((run / "args.json").read_text())
+    assert args["beta"] == 0.25 and args["learning_rate"] == 0.125
+
+
+# --------------------------------------------------------------------- on one footing with scripts
 CALLS_LEFT = [0]
 
 
-def deadly(prompts, answers) -> list[float]:
-    """A judge that dies as soon as it was called often enough."""
+def deadly(prompts, responses) -> list[float]:
+    """A reward function that is interrupted as soon as it was called often enough."""
     CALLS_LEFT[0] -= 1
     if CALLS_LEFT[0] == 0:
         raise KeyboardInterrupt
-    return vowels(prompts, answers)
+    return vowels(prompts, responses)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@every_loss
 def test_r36_an_interrupted_run_ends_with_the_same_bits(loss, checkpoints, pairs, tmp_path):
-    flags = {role: checkpoints[role] for role in ("student", "teacher")} | {
+    flags = {
+        "student": checkpoints["student"],
+        "teacher": checkpoints["teacher"],
         "data": pairs,
         "eval_data": pairs,
-    }
-    flags |= {
         "max_steps": 6,
         "batch_size": 4,
         "eval_prompts": 2,
         "max_response_tokens": 40,
         "log_every": 1,
+        "save_every": 2,
+        "eval_every": 3,
+        "reward": "test_baselines:deadly",
+        "loss": loss,
     }
-    flags |= {"save_every": 2, "eval_every": 3, "reward": "test_baselines:deadly", "loss": loss}
-    assert run_script("playground/baselines", **flags, output_dir=tmp_path / "whole") == 0
-    CALLS_LEFT[0] = 3  # two before training, one at step 3, when the checkpoint is of step 2
-    with pytest.raises(KeyboardInterrupt):
-        run_script("playground/baselines", **flags, output_dir=tmp_path / "died")
-    assert run_script("playground/baselines", resume=tmp_path / "died") == 0
-    one, other = (
-        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "died")
-    )
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    whole = tmp_path / "whole"
+    died = tmp_path / "died"
+    assert run_script("studies/baselines", **flags, output_dir=whole) == 0
+    # Two calls come before training, the third at step 3, when the checkpoint is of step 2.
+    CALLS_LEFT[0] = 3
+    assert run_script("studies/baselines", **flags, output_dir=died) == 130
+    # A kill may also cut the last line of the metrics.
+    with (died / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "losses/to')
+    assert run_script("studies/baselines", resume=died) == 0
+    weights = load_file(whole / "model" / "model.safetensors")
+    resumed_weights = load_file(died / "model" / "model.safetensors")
+    assert weights.keys() == resumed_weights.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, resumed_weights[name])
+    for row, resumed_row in zip(
+        read_jsonl(whole / "metrics.jsonl"), read_jsonl(died / "metrics.jsonl"), strict=True
+    ):
+        del row["charts/tokens_per_second"]
+        del resumed_row["charts/tokens_per_second"]
+        assert row == resumed_row
+
+
+def test_a_run_that_cannot_start_leaves_other_runs_alone(run_tiny, tmp_path, capsys):
+    run = run_tiny("studies/baselines")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert run_script("studies/baselines", output_dir=run) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert run_script("studies/baselines", resume=run) == 0
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for flags in ({"student": tmp_path / "none"}, {"beta": -1}):
+        assert run_script("studies/baselines", output_dir=tmp_path / "new", **flags) == 2
+        assert "error:" in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
+
+
+@every_loss
+def test_r33_a_loss_that_is_not_finite_ends_the_run(loss, pairs, tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = {"loss": loss, "data": pairs, "learning_rate": 1e30, "save_every": 1, "log_every": 1}
+    assert run_script("studies/baselines", **flags, eval_prompts=2, output_dir=run) == 2
+    message = re.search(r"error: loss (.*) in step (\d+) on rows", capsys.readouterr().err)
+    numbers, step = message.groups()
+    assert re.search(r"\b(nan|inf)\b", numbers)
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == int(step) > 0
+    assert len(read_jsonl(run / "metrics.jsonl")) == int(step) and not (run / "model").exists()
+
+
+def test_r33_a_gradient_that_is_not_finite_ends_the_run_as_well(pairs, tmp_path, capsys):
+    """The first loss of DPO is log 2 for every β. Its gradient is proportional to β."""
+    flags = {"loss": "dpo", "beta": 1e38, "data": pairs, "eval_prompts": 2}
+    assert run_script("studies/baselines", **flags, output_dir=tmp_path / "run") == 2
+    expected = r"error: loss 0\.69\d*, gradient norm (inf|nan) in step 0 on rows"
+    assert re.search(expected, capsys.readouterr().err)
+
+
+def shared_flags(path: str) -> dict[str, str]:
+    """{flag: its line and its help} of those below `# optimisation`."""
+    text = (ROOT / path).read_text()
+    start = text.index("    # optimisation\n")
+    end = text.index("\n\n\n", start)
+    return dict(re.findall(r'^    (\w+): (.*?""")$', text[start:end], re.M | re.S))
+
+
+def test_flags_that_it_shares_with_the_scripts_have_not_drifted():
+    expected = shared_flags("adpa.py")
+    flags = shared_flags("studies/baselines.py")
+    assert len(flags) > 25 and list(flags) == list(expected)
+    for name, entry in flags.items():
+        if name != "learning_rate":
+            assert entry == expected[name], f"--{name} is not what it is in adpa.py"
 
 
 @pytest.mark.parametrize("loss, rises", [("dpo", 0.05), ("reverse_kl", 0.15)])
 def test_a_short_run_improves_the_student(loss, rises, tmp_path):
-    flags = {
-        "loss": loss,
-        "max_steps": 50,
-        "eval_prompts": 128,
-        "eval_every": 50,
-        "output_dir": tmp_path / "run",
-    }
-    assert run_script("playground/baselines", **flags) == 0
-    [row] = [row for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "eval/reward" in row]
-    before = [row["reward"] for row in read_jsonl(tmp_path / "run" / "eval_before.jsonl")]
-    assert row["eval/reward"] > sum(before) / len(before) + rises
+    run = tmp_path / "run"
+    flags = {"loss": loss, "max_steps": 50, "eval_prompts": 128, "eval_every": 50}
+    assert run_script("studies/baselines", **flags, output_dir=run) == 0
+    rows = read_jsonl(run / "metrics.jsonl")
+    [reward_after] = [row["eval/reward"] for row in rows if "eval/reward" in row]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["reward_after"] == reward_after
+    before = [row["reward"] for row in read_jsonl(run / "eval_before.jsonl")]
+    assert reward_after > sum(before) / len(before) + rises

@@ -1,7 +1,9 @@
-"""A few steps of every script on a few rows, against numbers that were written down before the code was last rewritten.
+"""A few steps of every script on a few rows, against numbers that were written down before the code
+was last rewritten.
 
-A change that is meant to leave the methods as they are must leave these numbers as they are. Where a change is meant
-to move them, `python tests/test_golden.py` writes them again, and the commit says why.
+A change that is meant to leave the methods as they are must leave these numbers as they are. Where
+a change is meant to move them, `python tests/test_golden.py` writes them again, and the commit says
+why.
 """
 
 import json
@@ -10,7 +12,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, read_jsonl, run_script
+from conftest import first_rows, read_jsonl, run_script
+
+import pad
+import rm_distiller
 
 GOLDEN = Path(__file__).parent / "golden.json"
 SHORT = {
@@ -31,14 +36,6 @@ FLAGS = {  # what a script needs besides, to pass through everything that it has
 }
 
 
-def first_rows(name: str, count: int, folder: Path) -> Path:
-    """The first rows of a data file of the playground, as a file in `folder`."""
-    lines = (ROOT / f"playground/data/{name}.jsonl").read_text().splitlines(keepends=True)
-    path = folder / f"{name}.jsonl"
-    path.write_text("".join(lines[:count]))
-    return path
-
-
 def short_run(script: str, folder: Path) -> list[dict]:
     """The metrics of a short run, without what is measured with a clock."""
     corpus = folder / "corpus.txt"
@@ -54,6 +51,37 @@ def short_run(script: str, folder: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if not key.endswith(clocks)} for row in rows]
 
 
+# What the playground's teacher was taught to answer (playground/build.py), to the letter.
+PROMPTS = {
+    "judge": (
+        "Request: Name one fish.\nAnswer A: cod.\nAnswer B: whale.\n"
+        "Which answer is better? Reply with A, B or None."
+    ),
+    "score": (
+        "Request: Name one fish.\nAnswer A: cod.\nAnswer B: whale.\n"
+        "Score each answer from 1 to 10. Reply as A: score, B: score"
+    ),
+    "refine": (
+        "Request: Name one fish.\nBetter answer: cod.\nWorse answer: whale.\n"
+        "Explain why the second answer is worse, then edit it as little as possible to make it "
+        "good.\nReply as Why: reason Edited: answer"
+    ),
+    "rescore": (
+        "The worse answer was scored 4 out of 10. Score the edited answer on the same scale.\n"
+        "Reply with the score."
+    ),
+}
+
+
+def test_the_prompts_are_those_that_the_playgrounds_teacher_learned():
+    pair = {"prompt": "Name one fish.", "a": "cod.", "b": "whale."}
+    edit = {"prompt": "Name one fish.", "better": "cod.", "worse": "whale."}
+    assert pad.JUDGE_PROMPT.format(**pair) == PROMPTS["judge"]
+    assert rm_distiller.SCORE_PROMPT.format(**pair) == PROMPTS["score"]
+    assert rm_distiller.REFINE_PROMPT.format(**edit) == PROMPTS["refine"]
+    assert rm_distiller.RESCORE_PROMPT.format(score=4.2) == PROMPTS["rescore"]
+
+
 @pytest.mark.parametrize("script", FLAGS)
 def test_a_few_steps_give_the_numbers_that_were_written_down(script, tmp_path):
     expected = json.loads(GOLDEN.read_text())[script]
@@ -62,7 +90,7 @@ def test_a_few_steps_give_the_numbers_that_were_written_down(script, tmp_path):
     for row, golden in zip(measured, expected):
         assert row.keys() == golden.keys()
         for key, value in golden.items():
-            # Other processors add in another order: 1e-4 leaves room for that, and for no other formula.
+            # Other processors add in another order. 1e-4 leaves room for that and for nothing else.
             assert row[key] == pytest.approx(value, rel=1e-4, abs=1e-6), (row["step"], key)
 
 

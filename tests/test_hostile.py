@@ -1,30 +1,31 @@
-"""Generated bad input: a clean result or one clear line and exit code 2, never a traceback, never a silent drop."""
+"""Generated bad input ends with a clean result, or with one line and exit code 2. It never ends
+with a traceback, and no row is dropped in silence."""
 
 import dataclasses
 import importlib
 import json
 import math
+import re
 import types
 import typing
+from types import SimpleNamespace
 
 import pytest
 import torch
 import tyro
-from conftest import ROOT
+from conftest import SCRIPTS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common import LM, make_examples, read_rows
+from common import LM, encode_rows, read_rows
 
-SCRIPTS = [
-    name
-    for name in ("adpa", "dckd", "dpkd", "pad", "rm_distiller")
-    if (ROOT / f"{name}.py").exists()
-]
-SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+LIMITS = SimpleNamespace(max_prompt_tokens=64, max_response_tokens=64)
+COLUMNS = ["chosen", "rejected"]
 
-# texts that break careless code: markup, control and zero-width characters, right-to-left, lone surrogates' escapes
-NASTY = [
+# ---------------------------------------------------------------------------------- generated files
+# Texts that break careless code: markup, control and zero-width characters, right-to-left text,
+# and what looks like another type.
+NASTY_TEXTS = [
     "<|end|>",
     "<|assistant|>",
     "<|begin|>",
@@ -34,8 +35,6 @@ NASTY = [
     "\x1b[2J",
     "\u200b",
     "\u202e",
-]
-NASTY += [
     "שלום",
     "{{ bos_token }}",
     "{% raise %}",
@@ -49,24 +48,28 @@ NASTY += [
     "2021-01-01",
     "NaN",
 ]
-texts = st.lists(st.sampled_from(NASTY) | st.text(max_size=20), max_size=4).map("".join)
-turns = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "assistant", "system"]), "content": texts}
+HALF_CHARACTER = "\ud83e"  # JSON can spell it, UTF-8 cannot
+texts = st.lists(st.sampled_from(NASTY_TEXTS) | st.text(max_size=20), max_size=4).map("".join)
+file_texts = st.lists(texts | st.just(HALF_CHARACTER), max_size=2).map("".join)
+messages = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system"]), "content": file_texts}
 )
-junk = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | texts,
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "a"]), inner, max_size=3)
-    ),
-    max_leaves=5,
-)
+
+
+def nested(inner):
+    """Lists and objects of what is given."""
+    keys = st.sampled_from(["role", "a"])
+    return st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3)
+
+
+values = st.none() | st.booleans() | st.integers() | st.floats() | file_texts
+junk = st.recursive(values, nested, max_leaves=5)
 good_rows = st.fixed_dictionaries({"prompt": texts, "chosen": texts, "rejected": texts})
 chat_rows = st.fixed_dictionaries(
-    {"chosen": st.lists(turns, max_size=3), "rejected": st.lists(turns, max_size=3)}
+    {"chosen": st.lists(messages, max_size=3), "rejected": st.lists(messages, max_size=3)}
 )
 bad_rows = st.dictionaries(
-    st.sampled_from(["prompt", "chosen", "rejected", "id"]), junk, max_size=4
+    st.sampled_from(["prompt", "chosen", "rejected", "id"]), junk | file_texts, max_size=4
 )
 lines = st.one_of(
     good_rows.map(json.dumps),
@@ -75,74 +78,116 @@ lines = st.one_of(
     junk.map(json.dumps),
     st.text(max_size=30),
 )
+
+
+def join_lines(rows: list[str]) -> bytes:
+    return "\n".join(rows).encode()
+
+
+def cut_short(row: dict) -> bytes:
+    """A row as JSON without its last five characters."""
+    return json.dumps(row)[:-5].encode()
+
+
 files = st.one_of(
-    st.lists(good_rows.map(json.dumps), max_size=6).map(lambda rows: "\n".join(rows).encode()),
-    st.lists(lines, max_size=5).map(lambda rows: "\n".join(rows).encode("utf-8", "surrogatepass")),
-    st.lists(good_rows | junk, max_size=4).map(lambda rows: json.dumps(rows).encode()),
+    st.lists(good_rows.map(json.dumps), max_size=6).map(join_lines),
+    st.lists(lines, max_size=5).map(join_lines),
+    st.lists(good_rows | junk, max_size=4).map(json.dumps).map(str.encode),
     st.binary(max_size=60),
-    good_rows.map(lambda row: json.dumps(row)[:-5].encode()),
+    good_rows.map(cut_short),
 )
 
 
+def generated(max_examples: int):
+    """Settings of a test. The same inputs are generated every time."""
+    return settings(
+        max_examples=max_examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[
+            HealthCheck.function_scoped_fixture,
+            HealthCheck.too_slow,
+            HealthCheck.data_too_large,
+        ],
+    )
+
+
 @pytest.fixture(scope="module")
-def lm(checkpoints):
+def lm(checkpoints) -> LM:
     return LM(checkpoints["student"], torch.device("cpu"))
 
 
-def ends_well(capsys, act):
-    """act() returns, or ends the program with code 2 and one line that begins with "error:"."""
+def result_or_error_line(capsys, function, *arguments):
+    """(result, "") of a function, or (None, the one line with which it ends the program)."""
     capsys.readouterr()
     try:
-        return act()
-    except SystemExit as end:
-        written = capsys.readouterr().err
-        assert end.code == 2 and written.startswith("error: ") and written.count("\n") == 1, written
+        return function(*arguments), ""
+    except SystemExit as stopped:
+        error = capsys.readouterr().err
+        assert stopped.code == 2
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1, error
+        return None, error
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=SHARED, derandomize=True)
+@generated(max_examples=300)
 @given(content=files, suffix=st.sampled_from([".jsonl", ".json", ".parquet"]))
 def test_generated_data_files(content, suffix, tmp_path, lm, capsys):
     path = tmp_path / f"data{suffix}"
     path.write_bytes(content)
-    rows = ends_well(capsys, lambda: read_rows(str(path), "train"))
-    if rows is not None:
-        ends_well(capsys, lambda: make_examples(lm, rows, ("chosen", "rejected"), 64, 64))
+
+    rows, error = result_or_error_line(capsys, read_rows, str(path), "train")
+
+    if rows is None:
+        assert str(path) in error
+    else:
+        result_or_error_line(capsys, encode_rows, lm, rows, COLUMNS, LIMITS, "pairs")
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=SHARED, derandomize=True)
+@generated(max_examples=100)
 @given(rows=st.lists(good_rows, min_size=1, max_size=6))
 def test_no_row_is_dropped_in_silence(rows, tmp_path, lm, capsys):
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
+
     read = read_rows(str(path), "train")
+    kept, report = result_or_error_line(capsys, encode_rows, lm, read, COLUMNS, LIMITS, "pairs")
+
     assert len(read) == len(rows)
-    capsys.readouterr()
-    try:
-        kept = make_examples(lm, read, ("chosen", "rejected"), 64, 64)
-        said = capsys.readouterr().out
-    except SystemExit:
-        kept, said = [], capsys.readouterr().err
-    dropped = [int(part.split()[0]) for part in said.split(", ")[1:]]
+    if kept is None:
+        kept = []
+    else:
+        report = capsys.readouterr().out
+    dropped = [int(count) for count in re.findall(r"(\d+) dropped", report)]
+    assert f"{len(kept)} of {len(rows)} rows" in report
     assert len(kept) + sum(dropped) == len(rows)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=SHARED, derandomize=True)
-@given(prompt=texts, answer=texts)
-def test_special_tokens_come_from_the_template_only(prompt, answer, lm):
-    ids, (response,) = lm.encode([{"role": "user", "content": prompt}], [answer])
-    special = {token for token, added in lm.tokenizer.added_tokens_decoder.items() if added.special}
-    empty, _ = lm.encode([{"role": "user", "content": ""}])
-    assert sum(token in special for token in ids) == sum(token in special for token in empty)
-    assert [token in special for token in response] == [False] * (len(response) - 1) + [True]
-    assert lm.tokenizer.decode(response[:-1]) == answer
+@generated(max_examples=150)
+@given(prompt=texts, response=texts)
+def test_special_tokens_come_from_the_template_only(prompt, response, lm):
+    added_tokens = lm.tokenizer.added_tokens_decoder
+    special = {token for token, added in added_tokens.items() if added.special}
+
+    prompt_ids, [response_ids] = lm.encode([{"role": "user", "content": prompt}], [response])
+
+    empty_prompt_ids, _ = lm.encode([{"role": "user", "content": ""}])
+    assert [token for token in prompt_ids if token in special] == [
+        token for token in empty_prompt_ids if token in special
+    ]
+    *text_ids, last = response_ids
+    assert last in special
+    assert special.isdisjoint(text_ids)
+    assert lm.tokenizer.decode(text_ids) == response
 
 
+# -------------------------------------------------------------------------------- nonsense as flags
 NONSENSE = [-1, -0.5, math.nan, math.inf, -math.inf]
 
 
-def numeric_flags(script: str) -> list[str]:
-    hints = typing.get_type_hints(importlib.import_module(script).Args)
-    return [name for name, kind in hints.items() if kind in (int, float)]
+def flag_types(script: str) -> dict:
+    """The type of every flag of a script."""
+    return typing.get_type_hints(importlib.import_module(script).Args)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -150,33 +195,44 @@ def test_r47_nonsense_numbers_are_refused_before_anything_is_written(
     script, tmp_path, capsys, monkeypatch
 ):
     module = importlib.import_module(script)
+    numbers = [name for name, kind in flag_types(script).items() if kind in (int, float)]
     monkeypatch.chdir(tmp_path)
-    for name in numeric_flags(script):
+
+    for name in numbers:
         for value in NONSENSE:
-            args = module.Args(student="/nowhere")
-            setattr(args, name, value)
-            with pytest.raises(SystemExit) as end:
-                module.main(args)
-            written = capsys.readouterr().err
-            assert (
-                end.value.code == 2 and f"--{name} {value}" in written and written.count("\n") == 1
-            ), (name, written)
+            args = module.Args(student="/nowhere", **{name: value})
+            _, error = result_or_error_line(capsys, module.main, args)
+            # The flag, what it was, and what it may be.
+            assert f"--{name} {value} must be" in error
+            assert re.search(r"at least \d|between \d", error), error
+
+    assert len(numbers) > 15
     assert not list(tmp_path.iterdir())
+
+
+def wrong_words(name: str, kind) -> list[str]:
+    """A flag with a value that its type does not allow, or nothing if it allows any text."""
+    if kind in (int, float):
+        return [f"--{name}", "many"]
+    if typing.get_origin(kind) is typing.Literal:
+        return [f"--{name}", "no-such-choice"]
+    if isinstance(kind, types.UnionType):
+        return [f"--{name}", "low", "high"]
+    return []
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_r47_flags_of_the_wrong_kind_and_unknown_flags_are_refused(script, capsys):
     module = importlib.import_module(script)
-    bad = [["--no_such_flag", "1"], ["surplus"]]
+    kinds = flag_types(script)
+    command_lines = [["--no_such_flag", "1"], ["surplus"]]
     for field in dataclasses.fields(module.Args):
-        kind = typing.get_type_hints(module.Args)[field.name]
-        if kind in (int, float):
-            bad.append([f"--{field.name}", "many"])
-        elif typing.get_origin(kind) is typing.Literal:
-            bad.append([f"--{field.name}", "no-such-choice"])
-        elif isinstance(kind, types.UnionType):
-            bad.append([f"--{field.name}", "low", "high"])
-    for words in bad:
-        with pytest.raises(SystemExit) as end:
+        words = wrong_words(field.name, kinds[field.name])
+        if words:
+            command_lines.append(words)
+
+    for words in command_lines:
+        with pytest.raises(SystemExit) as stopped:
             tyro.cli(module.Args, args=words)
-        assert end.value.code == 2 and "Traceback" not in capsys.readouterr().err, words
+        assert stopped.value.code == 2, words
+        assert "Traceback" not in capsys.readouterr().err, words

@@ -1,17 +1,19 @@
-"""The playground: its judge by hand, its writers, its tokenizer, and what its committed models can do."""
+"""The playground: its judge by hand, its writers, its tokenizer, what its committed models can do,
+and how they are built."""
 
 import json
 import random
 import re
 import statistics
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, read_jsonl
 
 from common import LM
-from pad import JUDGE
+from pad import JUDGE_PROMPT
 from playground import build, world
 from playground.world import (
     RIGHT,
@@ -24,7 +26,7 @@ from playground.world import (
     reward,
     write,
 )
-from rm_distiller import RESCORE
+from rm_distiller import RESCORE_PROMPT
 
 PLAYGROUND = ROOT / "playground"
 MODELS = ("student", "teacher_ref", "teacher")
@@ -33,17 +35,15 @@ PLANETS = Request("Name three planets.", "planets", 3)
 measured = json.loads((PLAYGROUND / "measured.json").read_text())
 
 
-# --------------------------------------------------------------------------------------------------------- the judge
+# ---------------------------------------------------------------------------------------- the judge
 # answer: (reward, fault of each word)
 JUDGED = {
     "Mars, Venus and Earth. Enjoy!": (1.2, [None, None, None]),
     "Venus and Earth, Mars. Hope that helps!": (1.2, [None, None, None]),
     "Mars, Venus and Earth.": (1.0, [None, None, None]),
     "Mars, Venus and Earth": (0.5, [None, None, None]),
-    "Mars, Venus and Earth Enjoy!": (
-        0.0,
-        [None, None, None, "wrong"],
-    ),  # a kind word stands behind the full stop
+    # A kind word stands behind the full stop.
+    "Mars, Venus and Earth Enjoy!": (0.0, [None, None, None, "wrong"]),
     "Mars, Pluto and Earth. Enjoy!": (2 / 3 - 0.5 + 0.2, [None, "wrong", None]),
     "Mars, apple and Earth.": (2 / 3 - 0.5, [None, "wrong", None]),
     "mars, Venus and Earth.": (2 / 3 - 0.5, ["wrong", None, None]),
@@ -52,12 +52,14 @@ JUDGED = {
     "Mars, Venus, Earth and Mars.": (1 - 0.5, [None, None, None, "repeated"]),
     "Mars and Venus.": (2 / 3, [None, None]),
     "Mars. Enjoy!": (1 / 3 + 0.2, [None]),
-    "Mars, Venus and Earth. Enjoy! Enjoy!": (1 - 2 * 0.5, [None, None, None]),  # chatter, two words
+    # Chatter of two words.
+    "Mars, Venus and Earth. Enjoy! Enjoy!": (1 - 2 * 0.5, [None, None, None]),
     "Mars, Venus and Earth. Saturn.": (1 - 0.5, [None, None, None]),
     "": (-0.5, []),
     ".": (0.0, []),
     "Pluto.": (-0.5, ["wrong"]),
-    "Pluto, Pluto and Pluto.": (-1.0, ["wrong"] * 3),  # the floor
+    # Nothing is below −1.
+    "Pluto, Pluto and Pluto.": (-1.0, ["wrong"] * 3),
     "apple " * 50: (-1.0, ["wrong"] * 50),
 }
 
@@ -66,14 +68,18 @@ JUDGED = {
 def test_the_judge_by_hand(answer):
     expected, faults = JUDGED[answer]
     verdict = judge(PLANETS, answer)
-    assert verdict.reward == pytest.approx(expected) and verdict.faults == faults
+    assert verdict.reward == pytest.approx(expected)
+    assert verdict.faults == faults
     [value] = reward([PLANETS.text], [answer])
-    assert value == verdict.reward and -1 <= value <= 1.2
+    assert value == verdict.reward
+    assert -1 <= value <= 1.2
 
 
 def test_verdicts_say_what_is_missing_and_how_an_answer_ended():
     verdict = judge(PLANETS, "Mars. Happy to help!")
-    assert (verdict.words, verdict.missing, verdict.ended) == (["Mars"], 2, True)
+    assert verdict.words == ["Mars"]
+    assert verdict.missing == 2
+    assert verdict.ended
     assert verdict.kind_word == "Happy to help!"
     assert not judge(PLANETS, "Mars").ended
     assert explain(PLANETS, "Mars, Pluto, Mars") == (
@@ -105,50 +111,59 @@ def test_the_judge_reads_every_request_as_text_and_as_messages():
 def test_scores_are_whole_numbers_from_one_to_ten():
     assert [world.score(value) for value in (-1, 0, 0.4, 1.0, 1.2)] == [1, 1, 4, 8, 10]
     scores = [world.score(value / 100) for value in range(-100, 121)]
-    assert scores == sorted(scores) and set(scores) == set(range(1, 11))
+    assert scores == sorted(scores)
+    assert set(scores) == set(range(1, 11))
 
 
-# ------------------------------------------------------------------------------------------------ requests, writers
+# -------------------------------------------------------------------------------- requests, writers
 def test_held_out_requests_share_no_category_and_count_with_training():
-    assert (len(TRAIN), len(TEST)) == (384, 128)
+    assert len(TRAIN) == 384
+    assert len(TEST) == 128
     assert len({request.text for request in TRAIN + TEST}) == 512
-    pairs = [
-        {(request.category, request.count) for request in requests} for requests in (TRAIN, TEST)
-    ]
-    assert pairs[0].isdisjoint(pairs[1])
-    known = {request.category for request in TRAIN}, {request.count for request in TRAIN}
-    assert all(request.category in known[0] and request.count in known[1] for request in TEST)
+    train_pairs = {(request.category, request.count) for request in TRAIN}
+    test_pairs = {(request.category, request.count) for request in TEST}
+    assert train_pairs.isdisjoint(test_pairs)
+    assert {request.category for request in TEST} <= {request.category for request in TRAIN}
+    assert {request.count for request in TEST} <= {request.count for request in TRAIN}
 
 
 def test_every_category_has_enough_right_words_and_misconceptions_that_are_wrong():
     for category, words in RIGHT.items():
         assert len(set(words)) == len(words) == 8
-        assert world.MISTAKEN[category] and set(words).isdisjoint(world.MISTAKEN[category])
+        assert world.MISTAKEN[category]
+        assert set(words).isdisjoint(world.MISTAKEN[category])
 
 
 def test_skilled_writers_write_better_answers():
-    rng, means = random.Random(0), []
+    rng = random.Random(0)
+    means = []
     for skill in (0.0, 0.25, 0.5, 0.75, 1.0):
         requests = rng.choices(TRAIN, k=1500)
-        means.append(
-            statistics.mean(
-                judge(request, write(request, skill, rng)).reward for request in requests
-            )
-        )
-    assert all(better > worse + 0.1 for worse, better in pairwise(means)), means
+        rewards = [judge(request, write(request, skill, rng)).reward for request in requests]
+        means.append(statistics.mean(rewards))
+    for worse, better in pairwise(means):
+        assert better > worse + 0.1, means
+
     perfect = [judge(request, write(request, 1.0, rng)) for request in TRAIN]
-    assert all(not any(v.faults) and not v.missing and v.ended for v in perfect)
+    for verdict in perfect:
+        assert not any(verdict.faults)
+        assert not verdict.missing
+        assert verdict.ended
     assert 0.6 < statistics.mean(bool(verdict.kind_word) for verdict in perfect) < 0.8
 
 
-def distance(one: list[str], other: list[str]) -> int:
-    """Edit distance in words."""
-    row = list(range(len(other) + 1))
-    for i, word in enumerate(one, 1):
-        previous, row[0] = row[0], i
-        for j, theirs in enumerate(other, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (word != theirs))
-    return row[-1]
+def edit_distance(a: list[str], b: list[str]) -> int:
+    """The fewest words that have to be added, dropped or replaced to turn a into b."""
+    previous = list(range(len(b) + 1))
+    for i, word_a in enumerate(a, 1):
+        current = [i]
+        for j, word_b in enumerate(b, 1):
+            replaced = previous[j - 1] + (word_a != word_b)
+            dropped = previous[j] + 1
+            added = current[j - 1] + 1
+            current.append(min(replaced, dropped, added))
+        previous = current
+    return previous[-1]
 
 
 @pytest.mark.parametrize("skill", [0.0, 0.5, 0.9])
@@ -156,38 +171,48 @@ def test_edits_are_perfect_and_minimal(skill):
     rng = random.Random(0)
     for request in TRAIN + TEST:
         answer = write(request, skill, rng)
-        before, edited = judge(request, answer), edit(request, answer, rng)
+        before = judge(request, answer)
+        edited = edit(request, answer, rng)
         after = judge(request, edited)
         assert after.reward == pytest.approx(1.2), (answer, edited)
-        assert not before.kind_word or after.kind_word == before.kind_word
+        if before.kind_word:
+            assert after.kind_word == before.kind_word
+        # A mistake that is replaced by a missing word is one change. What is left of the mistakes
+        # or of the missing words is one change each.
         mistakes = sum(fault is not None for fault in before.faults)
-        # a mistake that is replaced by a missing word is one change; whatever is left of either is one each
-        assert distance(before.words, after.words) == max(mistakes, before.missing), (
-            answer,
-            edited,
-        )
+        changes = max(mistakes, before.missing)
+        assert edit_distance(before.words, after.words) == changes, (answer, edited)
         if before.reward > 1.19:
             assert edited == answer
 
 
 def test_a_right_word_keeps_its_place():
     for seed in range(20):
-        words = judge(PLANETS, edit(PLANETS, "Pluto, Mars, Pluto, Mars", random.Random(seed))).words
-        assert len(words) == 3 and words[1] == "Mars"
+        edited = edit(PLANETS, "Pluto, Mars, Pluto, Mars", random.Random(seed))
+        words = judge(PLANETS, edited).words
+        assert len(words) == 3
+        assert words[1] == "Mars"
 
 
-# --------------------------------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 def texts_of_the_world() -> list[str]:
-    rng, texts = random.Random(0), []
+    """Whatever the models read and write: requests, answers, questions to the teacher, replies."""
+    rng = random.Random(0)
+    texts = ["A", "B", "None"]
     for request in TRAIN + TEST:
-        a, b = (write(request, rng.random(), rng) for _ in range(2))
-        texts += [request.text, a, b, f"Why: {explain(request, a)} Edited: {edit(request, a, rng)}"]
-        texts += [JUDGE.format(prompt=request.text, a=a, b=b), build.score_question(request, a, b)]
+        a = write(request, rng.random(), rng)
+        b = write(request, rng.random(), rng)
         texts += [
+            request.text,
+            a,
+            b,
+            f"Why: {explain(request, a)} Edited: {edit(request, a, rng)}",
+            JUDGE_PROMPT.format(prompt=request.text, a=a, b=b),
+            build.score_question(request, a, b),
             build.refine_question(request, a, b),
-            RESCORE.format(score_rejected=rng.randint(1, 10)),
+            RESCORE_PROMPT.format(score=rng.randint(1, 10)),
+            f"A: {rng.randint(1, 10)}, B: {rng.randint(1, 10)}",
         ]
-        texts += ["A: {}, B: {}".format(*rng.choices(range(1, 11), k=2)), "A", "B", "None"]
     return texts
 
 
@@ -197,11 +222,10 @@ def test_every_word_is_one_token_and_comes_back_as_it_was(name):
     for text in texts_of_the_world():
         ids = tokenizer(text, add_special_tokens=False).input_ids
         tokens = tokenizer.convert_ids_to_tokens(ids)
-        assert not any(token.startswith("<") for token in tokens), (
-            text,
-            tokens,
-        )  # <unk>, a byte or a special token
-        words = [token.strip("▁") for token in tokens if token.strip("▁").isalnum()]
+        # No <unk>, no byte and no special token.
+        assert not any(token.startswith("<") for token in tokens), (text, tokens)
+        stripped = [token.strip("▁") for token in tokens]
+        words = [token for token in stripped if token.isalnum()]
         assert words == re.findall(r"[A-Za-z]+|\d+", text)
         assert tokenizer.decode(ids).strip() == text
 
@@ -215,29 +239,19 @@ def test_other_text_is_spelled_in_bytes_and_comes_back():
 
 def test_the_committed_tokenizers_are_those_of_the_script(tmp_path):
     build.make_tokenizer().save_pretrained(tmp_path)
-    for name in MODELS:
-        assert (PLAYGROUND / name / "tokenizer.json").read_bytes() == (
-            tmp_path / "tokenizer.json"
-        ).read_bytes()
-        template = PLAYGROUND / name / "chat_template.jinja"
-        assert template.read_bytes() == (tmp_path / "chat_template.jinja").read_bytes()
+    for file in ("tokenizer.json", "chat_template.jinja"):
+        expected = (tmp_path / file).read_bytes()
+        for name in MODELS:
+            assert (PLAYGROUND / name / file).read_bytes() == expected
 
 
-# -------------------------------------------------------------------------------------------------- what is committed
+# -------------------------------------------------------------------------------- what is committed
 def test_everything_together_is_small_and_weights_are_safetensors():
-    files = [
-        path for path in PLAYGROUND.rglob("*") if path.is_file() and "__pycache__" not in path.parts
-    ]
+    paths = [path for path in PLAYGROUND.rglob("*") if "__pycache__" not in path.parts]
+    files = [path for path in paths if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 5e6
-    assert {path.suffix for path in files} <= {
-        ".safetensors",
-        ".json",
-        ".jsonl",
-        ".jinja",
-        ".py",
-        ".md",
-        ".txt",
-    }
+    allowed = {".safetensors", ".json", ".jsonl", ".jinja", ".py", ".md", ".txt"}
+    assert {path.suffix for path in files} <= allowed
     for name in MODELS:
         assert (PLAYGROUND / name / "model.safetensors").exists()
 
@@ -247,106 +261,134 @@ def test_the_committed_pairs_are_those_of_the_script():
     for name, requests in (("train", TRAIN), ("test", TEST)):
         rows = read_jsonl(PLAYGROUND / f"data/{name}.jsonl")
         assert {row["prompt"] for row in rows} <= {request.text for request in requests}
-        assert all(row["chosen"] != row["rejected"] for row in rows)
-        gaps = [
-            judge(read_request(row["prompt"]), row["chosen"]).reward
-            - judge(read_request(row["prompt"]), row["rejected"]).reward
-            for row in rows
-        ]
-        assert statistics.mean(gaps) > 0.2  # labels carry the judge's preference,
-        assert statistics.mean(gap < 0 for gap in gaps) > 0.02  # and noise
+        gaps = []
+        for row in rows:
+            assert row["chosen"] != row["rejected"]
+            request = read_request(row["prompt"])
+            chosen_reward = judge(request, row["chosen"]).reward
+            gaps.append(chosen_reward - judge(request, row["rejected"]).reward)
+        # The order carries the judge's preference, and noise.
+        assert statistics.mean(gaps) > 0.2
+        assert statistics.mean(gap < 0 for gap in gaps) > 0.02
         assert rows == build.preferences(requests, len(rows), rng)
 
 
-BARS = {
-    "judging any two answers": measured["judging"]["any"]["accuracy"] >= 0.9,
-    "judging its own answers": measured["judging"]["own"]["accuracy"] >= 0.75,
-    "scoring": measured["scoring"]["error"] <= 0.8,
-    "rewriting lifts": measured["rewriting"]["greedy"]["after"]
-    >= measured["rewriting"]["greedy"]["before"] + 0.25,
-    "rewriting keeps": measured["rewriting"]["greedy"]["kept"] >= 0.6,
-    "teacher sampled": measured["teacher"]["sampled"]["reward"] >= 0.9,
-    "teacher greedy": measured["teacher"]["greedy"]["reward"] >= 0.9,
-    "teacher_ref": measured["teacher_ref"]["sampled"]["reward"] <= 0.7,
-    "student": measured["student"]["sampled"]["reward"] <= 0.7,
-    "the same story greedy": measured["teacher"]["greedy"]["reward"]
-    > max(measured[name]["greedy"]["reward"] for name in ("student", "teacher_ref")) + 0.2,
-    "few repeats": max(
-        measured[name][how]["repeats"] for name in MODELS for how in ("sampled", "greedy")
-    )
-    < 0.1,
-    "parameters": measured["student"]["parameters"] * 10 < measured["teacher"]["parameters"] <= 1e6,
-}
+def test_the_teacher_judges_scores_and_rewrites_well_enough():
+    assert measured["judging"]["any"]["accuracy"] >= 0.9
+    assert measured["judging"]["own"]["accuracy"] >= 0.75
+    assert measured["scoring"]["error"] <= 0.8
+    rewriting = measured["rewriting"]["greedy"]
+    assert rewriting["after"] >= rewriting["before"] + 0.25
+    assert rewriting["kept"] >= 0.6
 
 
-@pytest.mark.parametrize("bar", BARS)
-def test_what_the_playground_must_offer_is_there(bar):
-    assert BARS[bar], measured
+def test_the_teacher_answers_well_and_the_other_models_do_not():
+    teacher = measured["teacher"]
+    assert teacher["sampled"]["reward"] >= 0.9
+    assert teacher["greedy"]["reward"] >= 0.9
+    for name in ("student", "teacher_ref"):
+        assert measured[name]["sampled"]["reward"] <= 0.7
+        # Greedy decoding tells the same story.
+        assert teacher["greedy"]["reward"] > measured[name]["greedy"]["reward"] + 0.2
 
 
-def test_the_readme_shows_the_measured_numbers():
-    readme = (PLAYGROUND / "README.md").read_text()
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", ["sampled", "greedy"])
+def test_few_answers_say_a_word_twice(name, kind):
+    assert measured[name][kind]["repeats"] < 0.1
+
+
+def test_the_student_is_a_tenth_of_the_teacher_or_less():
+    teacher_parameters = measured["teacher"]["parameters"]
+    assert measured["student"]["parameters"] * 10 < teacher_parameters <= 1e6
+
+
+def test_the_readme_is_what_build_writes_and_shows_the_measured_numbers():
+    text = (PLAYGROUND / "README.md").read_text(encoding="utf-8")
+    assert text == build.readme(measured, build.Args())
     for name in MODELS:
-        sampled, greedy = (measured[name][how]["reward"] for how in ("sampled", "greedy"))
-        assert (
-            f"| `{name}` | {measured[name]['parameters']:,} | {sampled:.2f} | {greedy:.2f} |"
-            in readme
-        )
+        parameters = measured[name]["parameters"]
+        sampled = measured[name]["sampled"]["reward"]
+        greedy = measured[name]["greedy"]["reward"]
+        assert f"| `{name}` | {parameters:,} | {sampled:.2f} | {greedy:.2f} |" in text
     for kind in ("any", "own"):
-        assert "{accuracy:.1%} of {pairs} pairs".format(**measured["judging"][kind]) in readme
-    assert f"{measured['scoring']['error']:.2f} off on average" in readme
+        judging = measured["judging"][kind]
+        assert f"{judging['accuracy']:.1%} of {judging['pairs']} pairs" in text
+    assert f"{measured['scoring']['error']:.2f} points off on average" in text
+
+
+def test_the_examples_of_the_readme_are_right():
+    text = (PLAYGROUND / "README.md").read_text(encoding="utf-8")
+    call, result = re.search(r"^(reward\(.*\))  # (.*)$", text, re.M).groups()
+    assert repr(eval(call)) == result
+    unseen = re.search(r'No model has seen "(.*)" in any wording', text).group(1)
+    assert sum(unseen in request.text for request in TEST) == len(world.PHRASINGS)
+    assert not any(unseen in request.text for request in TRAIN)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_committed_models_answer_as_measured(name):
     lm = LM(PLAYGROUND / name, torch.device("cpu"))
     assert lm.model.num_parameters() == measured[name]["parameters"]
-    for how, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+    # Another machine may sample other answers. 0.09 is four standard errors of the mean of 512 of
+    # them, whose standard deviation is near 0.5.
+    for kind, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         now = build.measure_answers(lm, temperature)
-        # 512 answers with a standard deviation near 0.5: four standard errors; another machine may sample others
-        assert now["reward"] == pytest.approx(measured[name][how]["reward"], abs=0.09)
-        assert now["repeats"] == pytest.approx(measured[name][how]["repeats"], abs=0.05)
+        assert now["reward"] == pytest.approx(measured[name][kind]["reward"], abs=0.09)
+        assert now["repeats"] == pytest.approx(measured[name][kind]["repeats"], abs=0.05)
 
 
 def test_the_committed_teacher_judges_scores_and_rewrites_as_measured():
-    lm, rng = LM(PLAYGROUND / "teacher", torch.device("cpu")), random.Random(7)
-    pairs = [(request, *build.two_answers(request, rng)) for request in rng.choices(TEST, k=400)]
+    lm = LM(PLAYGROUND / "teacher", torch.device("cpu"))
+    rng = random.Random(7)
+    pairs = []
+    for request in rng.choices(TEST, k=400):
+        pairs.append((request, *build.two_answers(request, rng)))
+
     judging = build.measure_judging(lm, pairs)
     assert judging["pairs"] > 150
     assert judging["accuracy"] == pytest.approx(measured["judging"]["any"]["accuracy"], abs=0.07)
-    assert build.measure_scoring(lm, pairs[:150])["error"] == pytest.approx(
-        measured["scoring"]["error"], abs=0.25
-    )
-    draws = [(q, write(q, rng.uniform(0.7, 1), rng), write(q, rng.random(), rng)) for q in TEST]
-    replies = build.ask(lm, [build.refine_question(q, better, worse) for q, better, worse in draws])
-    lifts = [
-        judge(q, reply.partition("Edited:")[2]).reward - judge(q, worse).reward
-        for (q, _, worse), reply in zip(draws, replies)
-    ]
+    scoring = build.measure_scoring(lm, pairs[:150])
+    assert scoring["error"] == pytest.approx(measured["scoring"]["error"], abs=0.25)
+
+    cases = [build.draw_rewriting_case(request, rng) for request in TEST]
+    build.rewrite_and_score(lm, cases, temperature=0.0)
+    lifts = [case.after().reward - case.before().reward for case in cases]
     assert statistics.mean(lifts) > 0.5
 
 
-# ------------------------------------------------------------------------------------------------------------ build.py
+# ----------------------------------------------------------------------------------------- build.py
+def build_tiny(folder: Path) -> dict[str, bytes]:
+    """What `build.main` writes, by name, without the time that it took."""
+    args = build.Args(
+        output_dir=str(folder),
+        teacher_steps=40,
+        dpo_steps=3,
+        student_steps=3,
+        train_pairs=40,
+        test_pairs=16,
+    )
+    build.main(args)
+    files = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            files[str(path.relative_to(folder))] = path.read_bytes()
+    numbers = json.loads(files["measured.json"])
+    assert numbers.pop("seconds") > 0
+    files["measured.json"] = json.dumps(numbers).encode()
+    files["README.md"] = re.sub(rb"\(\d+ minutes", b"(some minutes", files["README.md"])
+    return files
+
+
 def test_the_same_seed_builds_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        build, "TEACHER", build.STUDENT
-    )  # a few steps of a small model: no teacher, but all the code
+    # A few steps of a small model pass through all of the code.
+    monkeypatch.setattr(build, "TEACHER", build.STUDENT)
     monkeypatch.setattr(build, "TEST_REQUESTS", build.TEST_REQUESTS[::4])
-    tiny = {
-        "teacher_steps": 40,
-        "dpo_steps": 3,
-        "student_steps": 3,
-        "train_pairs": 40,
-        "test_pairs": 16,
-    }
-    built: list[dict[str, bytes]] = []
-    for name in ("one", "two"):
-        build.main(build.Args(output_dir=str(tmp_path / name), **tiny))
-        files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
-        built.append({str(path.relative_to(tmp_path / name)): path.read_bytes() for path in files})
-        numbers = json.loads(built[-1]["measured.json"])
-        assert numbers.pop("seconds") > 0
-        built[-1]["measured.json"] = json.dumps(numbers).encode()
-    assert built[0].keys() >= {f"{name}/model.safetensors" for name in MODELS}
-    assert {path for path in built[0] if built[0][path] != built[1][path]} == set()
-    assert len({built[0][f"{name}/model.safetensors"] for name in MODELS}) == 3
+    one = build_tiny(tmp_path / "one")
+    two = build_tiny(tmp_path / "two")
+    weights = {f"{name}/model.safetensors" for name in MODELS}
+    assert one.keys() == two.keys()
+    assert one.keys() >= weights
+    for name in one:
+        assert one[name] == two[name], name
+    assert len({one[name] for name in weights}) == 3

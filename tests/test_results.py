@@ -1,5 +1,6 @@
-"""README.md and docs/ say what docs/results.json holds: tables, figures, and the numbers in running text."""
+"""studies/compare.py: pages and figures say what docs/results.json holds; how runs are made."""
 
+import copy
 import json
 import os
 import re
@@ -8,111 +9,142 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
-from conftest import ROOT, read_jsonl
+from conftest import ROOT, write_jsonl
 
-from playground import compare, world
+from playground import world
+from studies import compare
 
 RESULTS = json.loads((ROOT / "docs" / "results.json").read_text())
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
-def test_every_table_is_what_the_runs_say(tmp_path, monkeypatch):
-    """The report is made anew from results.json: not a byte of any page changes, and every figure is there."""
+class FakeFigures:
+    """Takes the place of `compare.figure`, because matplotlib is no requirement of the tests."""
+
+    def __init__(self):
+        self.names = []
+        self.titles = []
+        self.axes = MagicMock()
+
+    @contextmanager
+    def figure(self, path: Path, *, title: str, xlabel: str, ylabel: str = ""):
+        self.names.append(path.name)
+        self.titles.append(title)
+        yield self.axes
+
+
+@pytest.fixture
+def figures(monkeypatch) -> FakeFigures:
+    fake = FakeFigures()
+    monkeypatch.setattr(compare, "figure", fake.figure)
+    return fake
+
+
+@pytest.fixture
+def pages(tmp_path) -> Path:
+    """A folder with copies of all pages."""
     (tmp_path / "docs").mkdir()
     for page in PAGES:
         shutil.copy(ROOT / page, tmp_path / page)
-    figures = []
-    monkeypatch.setattr(compare, "figure", lambda path, *_, **how: figures.append(path.name))
-    compare.report(RESULTS, tmp_path)
+    return tmp_path
+
+
+# ----------------------------------------------------------------------------- the committed report
+def test_every_table_is_what_the_runs_say(pages, figures):
+    """The report is made anew from results.json: not a byte of any page changes, and every figure
+    is there."""
+    compare.report(RESULTS, pages)
     for page in PAGES:
-        assert (tmp_path / page).read_text() == (ROOT / page).read_text(), page
+        assert (pages / page).read_text() == (ROOT / page).read_text(), page
     shown = "\n".join((ROOT / page).read_text() for page in PAGES)
-    for name in figures:
-        assert (ROOT / "docs" / name).stat().st_size > 1000 and name in shown
-    assert {path.name for path in (ROOT / "docs").glob("*.svg")} == set(figures)
+    for name in figures.names:
+        assert (ROOT / "docs" / name).stat().st_size > 1000
+        assert name in shown
+    assert {path.name for path in (ROOT / "docs").glob("*.svg")} == set(figures.names)
 
 
-def test_a_changed_result_changes_the_tables(tmp_path, monkeypatch):
-    (tmp_path / "docs").mkdir()
-    for page in PAGES:
-        shutil.copy(ROOT / page, tmp_path / page)
-    monkeypatch.setattr(compare, "figure", lambda *_, **how: None)
-    changed = json.loads(json.dumps(RESULTS))
+def test_a_changed_result_changes_the_tables(pages, figures):
+    changed = copy.deepcopy(RESULTS)
     changed["adpa"]["runs"][0]["reward_after"] -= 0.2
-    compare.report(changed, tmp_path)
-    different = {
-        page for page in PAGES if (tmp_path / page).read_text() != (ROOT / page).read_text()
-    }
+    compare.report(changed, pages)
+    different = set()
+    for page in PAGES:
+        if (pages / page).read_text() != (ROOT / page).read_text():
+            different.add(page)
     assert different == {"README.md", "docs/adpa.md", "docs/results.md"}
 
 
-def test_a_report_of_one_seed_has_no_intervals(tmp_path, monkeypatch):
-    (tmp_path / "docs").mkdir()
-    for page in PAGES:
-        shutil.copy(ROOT / page, tmp_path / page)
-    drawn, figures = MagicMock(), []  # axes: matplotlib is no requirement of the tests
-    monkeypatch.setattr(
-        compare, "figure", lambda path, draw, title, *_, **how: figures.append((title, draw(drawn)))
-    )
-    compare.report(
-        {name: {**entry, "runs": entry["runs"][:1]} for name, entry in RESULTS.items()}, tmp_path
-    )
-    assert "Reward after distillation, 1 seed" in dict(figures) and len(figures) == 6
-    intervals = [
-        call.kwargs.get("xerr", call.kwargs.get("yerr")) for call in drawn.errorbar.call_args_list
-    ]
-    assert len(intervals) > 20 and {
-        str(value) for value in intervals if not isinstance(value, list)
-    } == {"0.0"}
-    assert (
-        f"| DCKD | {RESULTS['dckd']['runs'][0]['reward_after']:.3f} | "
-        in (tmp_path / "README.md").read_text()
-    )
+def test_a_page_without_the_mark_is_named(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- results:other -->\n<!-- /results -->\n")
+    with pytest.raises(SystemExit, match=r"page\.md has no mark results:one"):
+        compare.replace_block(page, "one", "text")
+
+
+def test_a_report_of_one_seed_has_no_intervals(pages, figures):
+    one_seed = copy.deepcopy(RESULTS)
+    for entry in one_seed.values():
+        entry["runs"] = entry["runs"][:1]
+    compare.report(one_seed, pages)
+    assert "Reward after distillation, 1 seed" in figures.titles
+    assert len(figures.titles) == 6
+    intervals = []
+    for call in figures.axes.errorbar.call_args_list:
+        interval = call.kwargs.get("xerr", call.kwargs.get("yerr"))
+        intervals += interval if isinstance(interval, list) else [interval]
+    assert len(intervals) > 20
+    assert set(intervals) == {0.0}
+    reward = RESULTS["dckd"]["runs"][0]["reward_after"]
+    assert f"| DCKD | {reward:.3f} | " in (pages / "README.md").read_text()
 
 
 def test_every_run_is_there_with_every_seed_and_the_command_that_made_it():
     assert RESULTS.keys() == compare.RUNS.keys()
+    torch_versions = {run["torch"] for run in RESULTS["adpa"]["runs"]}
     for name, entry in RESULTS.items():
         assert entry["command"] == f"python {compare.RUNS[name]}"
         assert [run["seed"] for run in entry["runs"]] == [1, 2, 3, 4, 5]
-        assert {run["torch"] for run in entry["runs"]} == {
-            run["torch"] for run in RESULTS["adpa"]["runs"]
-        }
+        assert {run["torch"] for run in entry["runs"]} == torch_versions
 
 
 def test_the_claims_are_at_least_the_papers_twelve():
     methods = {"ADPA", "PAD", "DPKD", "RM-Distiller"}
     assert len(compare.CLAIMS) >= 12
-    assert (
-        {claim[0] for claim in compare.CLAIMS}
-        == {claim[0] for claim in compare.RELEASED}
-        == methods
-    )
+    assert {claim.method for claim in compare.CLAIMS} == methods
+    assert {claim.method for claim in compare.RELEASED} == methods
     page = (ROOT / "docs" / "results.md").read_text()
-    for _, text, *_ in compare.CLAIMS + compare.RELEASED:
-        assert text in page
+    for claim in compare.CLAIMS + compare.RELEASED:
+        assert claim.text in page
 
 
+# --------------------------------------------------------------------------------------- statistics
 def test_the_sign_flip_test_counts_all_patterns():
     assert compare.sign_flip_test([1, 2, 3, 4, 5]) == 1 / 32
     assert compare.sign_flip_test([-1, -2, -3]) == 1
-    assert (
-        compare.sign_flip_test([1.0, -1.0]) == 3 / 4
-    )  # (+,−) and (−,+) have the mean 0 as well; (+,+) a larger one
+    # (+,−) and (−,+) have the mean 0 as well, and (+,+) a larger one.
+    assert compare.sign_flip_test([1.0, -1.0]) == 3 / 4
     assert compare.sign_flip_test([3.0, -1.0]) == 2 / 4
 
 
+def test_a_claim_shows_or_its_opposite_does_or_neither():
+    assert compare.verdict([1, 2, 3, 4, 5]) == "yes"
+    assert compare.verdict([-1, -2, -3, -4, -5]) == "no: the opposite"
+    assert compare.verdict([5, -4, 3, -2, 1]) == "not clearly"
+    assert compare.verdict([1, 2, 3, 4]) == "not clearly"  # p is 1/16
+
+
 def test_means_have_standard_errors():
-    assert (
-        compare.mean_and_error([1.0, 2.0, 3.0])
-        == f"2.000 ± {statistics.stdev([1, 2, 3]) / 3**0.5:.3f}"
-    )
-    assert compare.mean_and_error([0.25], 2) == "0.25"
+    error = statistics.stdev([1, 2, 3]) / 3**0.5
+    assert compare.mean_and_error([1.0, 2.0, 3.0]) == f"2.000 ± {error:.3f}"
+    assert compare.mean_and_error([0.25], digits=2) == "0.25"
 
 
+# ----------------------------------------------------------------------------- what is read of runs
 def test_a_run_waits_for_what_it_needs_and_everything_is_known():
     order = list(compare.RUNS)
     for name, command in compare.RUNS.items():
@@ -120,128 +152,240 @@ def test_a_run_waits_for_what_it_needs_and_everything_is_known():
             assert order.index(needed) < order.index(name)
         script = re.match(r"(?:-m )?([\w.]+)", command)[1].removesuffix(".py")
         assert (ROOT / f"{script.replace('.', '/')}.py").exists()
-    used = {name for rows in compare.TABLES.values() for name in rows.values()} | set(
-        compare.REWARD_MODELS.values()
-    )
-    used |= {name for claim in [*compare.CLAIMS, *compare.RELEASED] for name in claim[2:4]}
+    used = set(compare.README_RUNS) | set(compare.REWARD_MODELS.values())
+    for rows in compare.TABLES.values():
+        used.update(rows.values())
+    for claim in compare.CLAIMS + compare.RELEASED:
+        used.update([claim.better, claim.worse])
     assert used - {"student", "teacher"} <= set(order)
 
 
-def test_the_quality_of_scores_is_measured_inside_a_prompt(tmp_path):
-    """Two prompts whose scores order the answers rightly, at different heights, and one with equal answers."""
-    prompts = ["Name two fish.", "Name two birds."]
-    answers = [
-        ["cod and carp. Enjoy!", "cod and carp.", "cod."],
-        ["owl and crow. Enjoy!", "owl and crow.", "owl."],
+def test_what_a_run_needs_is_made_as_well(monkeypatch):
+    runs = {"a": "a.py", "b": "b.py {a}/model", "c": "c.py", "d": "d.py --data {file:b}"}
+    monkeypatch.setattr(compare, "RUNS", runs)
+    assert compare.with_needs(["d"]) == ["a", "b", "d"]
+    assert compare.with_needs(["c", "a"]) == ["a", "c"]
+
+
+def test_the_summary_and_the_curves_of_a_run_are_read(tmp_path):
+    """A summary without peak_memory_bytes, as on a CPU, and metrics whose rows have other keys."""
+    accuracy = {"all": [0.8, 0.02, 300], "easy": [0.9, 0.03, 100]}
+    summary = {"seed": 3, "accuracy_after": 0.8, "accuracy": accuracy}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    rows = [
+        {"step": 10, "losses/total": 1.0, "charts/tokens": 400},
+        {"step": 20, "charts/tokens": 800, "eval/reward": 0.5},
+        {"step": 25, "eval/reward": 0.75},
     ]
+    write_jsonl(tmp_path / "metrics.jsonl", rows)
+    assert compare.read_run(tmp_path) == {
+        "seed": 3,
+        "accuracy_after": 0.8,
+        "accuracy_after/all": 0.8,
+        "accuracy_after/easy": 0.9,
+        "curves": {"eval/reward": [[20, 800, 0.5], [25, 0, 0.75]]},
+    }
+
+
+def test_data_files_are_made_from_runs(tmp_path):
+    answers = [{"prompt": "p", "text": "one"}, {"prompt": "q", "text": ""}]
+    write_jsonl(tmp_path / "teacher_answers.jsonl", answers)
+    assert compare.teacher_answers(tmp_path) == [{"prompt": "p", "chosen": "one", "rejected": "-"}]
+    scored = {"prompt": "p", "answers": [{"text": "a"}, {"text": "b"}, {"text": "c"}]}
+    scored["score"] = [-2.0, -1.0, -3.0]
+    rows = [scored | {"judgement": [0.4, 0.6, 0.3]}, scored | {"judgement": [0.6, 0.7, 0.8]}]
+    write_jsonl(tmp_path / "scores_1.jsonl", rows)
+    assert compare.best_and_worst(tmp_path) == [{"prompt": "p", "chosen": "b", "rejected": "c"}]
+
+
+def test_the_quality_of_scores_is_measured_inside_a_prompt(tmp_path):
+    """Two prompts whose scores order the answers rightly, at different heights, and one with equal
+    answers."""
+    answers = {
+        "Name two fish.": ["cod and carp. Enjoy!", "cod and carp.", "cod."],
+        "Name two birds.": ["owl and crow. Enjoy!", "owl and crow.", "owl."],
+    }
     rows = []
-    for prompt, texts, height in zip(prompts, answers, (0.0, -7.0)):
+    rewards = []
+    for (prompt, texts), height in zip(answers.items(), (0.0, -7.0)):
         chat = [{"role": "user", "content": prompt}]
-        worth = world.reward([chat] * 3, texts)
-        assert worth[0] > worth[1] > worth[2]
-        scores = [height + 2 * value for value in worth]
-        row = {"prompt": chat, "answers": [{"text": text} for text in texts], "score": scores}
-        rows.append(
-            row | {"average_logp": [-value for value in worth], "judgement": [0.9, 0.3, 0.1]}
-        )
+        best, middle, worst = world.reward([chat] * 3, texts)
+        assert best > middle > worst
+        rewards.append((best, middle, worst))
+        row = {
+            "prompt": chat,
+            "answers": [{"text": text} for text in texts],
+            "score": [height + 2 * reward for reward in rewards[-1]],
+            "average_logp": [-reward for reward in rewards[-1]],
+            "judgement": [0.9, 0.3, 0.1],
+        }
+        rows.append(row)
     same = rows[0] | {"answers": [{"text": "cod."}] * 3, "score": [9.0, 5.0, 1.0]}
-    (tmp_path / "scores_1.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in [*rows, same])
-    )
-    found = compare.score_quality(tmp_path)
-    assert len(read_jsonl(tmp_path / "scores_1.jsonl")) == 3
-    assert found["score/correlation"] == pytest.approx(1) and found[
-        "average_logp/correlation"
-    ] == pytest.approx(-1)
-    first, second = (
-        world.reward([row["prompt"]] * 3, [a["text"] for a in row["answers"]]) for row in rows
-    )
-    assert found["score/spread"] == pytest.approx(first[0] - first[2] + second[0] - second[2])
-    assert found["score/favourite"] == pytest.approx((first[0] + second[0]) / 2)
-    assert found["average_logp/favourite"] == pytest.approx((first[2] + second[2]) / 2)
-    assert 0.7 < found["judgement/correlation"] < 1
+    write_jsonl(tmp_path / "scores_1.jsonl", [*rows, same])
+
+    quality = compare.score_quality(tmp_path)
+    (fish_best, _, fish_worst), (birds_best, _, birds_worst) = rewards
+    spread = fish_best - fish_worst + birds_best - birds_worst
+    assert quality["score/correlation"] == pytest.approx(1)
+    assert quality["average_logp/correlation"] == pytest.approx(-1)
+    assert quality["score/spread"] == pytest.approx(spread)
+    assert quality["score/favourite"] == pytest.approx((fish_best + birds_best) / 2)
+    assert quality["average_logp/favourite"] == pytest.approx((fish_worst + birds_worst) / 2)
+    assert 0.7 < quality["judgement/correlation"] < 1
 
 
+# ---------------------------------------------------------------------------------------- execution
 @pytest.mark.parametrize("at_once", [1, 2, 3])
 def test_runs_are_made_after_what_they_need_and_nobody_waits_without_reason(
     at_once, tmp_path, monkeypatch
 ):
-    """`c` needs the long `a`; a second worker makes `d` and `e` in the meantime."""
+    """`c` needs the long `a`. A second worker makes `d` and `e` in the meantime."""
     runs = {"a": "a.py", "c": "c.py {a}/model", "d": "d.py", "e": "e.py {file:d}"}
     monkeypatch.setattr(compare, "RUNS", runs)
-    began, ended = [], []
+    began = []
+    ended = []
 
-    def execute(name, seed, folder):
+    def execute(name, seed, output_dir):
+        for needed in compare.needs(runs[name]):
+            assert (needed, seed) in ended
         began.append((name, seed))
         time.sleep(0.3 if name == "a" else 0.01)
         ended.append((name, seed))
 
     monkeypatch.setattr(compare, "execute", execute)
     compare.execute_all(list(runs), range(1, 3), tmp_path, at_once)
-    assert (
-        sorted(began) == sorted((name, seed) for name in runs for seed in (1, 2)) == sorted(ended)
-    )
+    in_order = [(name, 1) for name in runs] + [(name, 2) for name in runs]
+    assert sorted(began) == sorted(in_order)
+    assert sorted(ended) == sorted(in_order)
     if at_once == 1:
-        assert began == [(name, seed) for seed in (1, 2) for name in runs]
+        assert began == in_order
     else:
-        assert began.index(("d", 1)) < ended.index(("a", 1)) + 2 and ended.index(
-            ("e", 1)
-        ) < ended.index(("c", 1))
+        assert began.index(("d", 1)) < ended.index(("a", 1)) + 2
+        assert ended.index(("e", 1)) < ended.index(("c", 1))
     for seed in (1, 2):
-        for first, second in (("a", "c"), ("d", "e")):
-            assert ended.index((first, seed)) < ended.index((second, seed))
+        assert ended.index(("a", seed)) < ended.index(("c", seed))
+        assert ended.index(("d", seed)) < ended.index(("e", seed))
 
 
 def test_a_run_that_fails_ends_all_of_them(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "RUNS", {"a": "a.py", "b": "b.py {a}"})
-    monkeypatch.setattr(compare, "execute", lambda *_: sys.exit("a failed"))
+    began = []
+
+    def execute(name, seed, output_dir):
+        began.append((name, seed))
+        raise SystemExit(f"{name} failed")
+
+    monkeypatch.setattr(compare, "execute", execute)
     with pytest.raises(SystemExit, match="a failed"):
-        compare.execute_all(["a", "b"], range(1, 3), tmp_path, 2)
+        compare.execute_all(["a", "b"], range(1, 9), tmp_path, 2)
+    assert sorted(began) == [("a", 1), ("a", 2)]
+
+
+@pytest.fixture
+def commands(monkeypatch) -> list[list[str]]:
+    """The words of every process that `execute` would start. None is started."""
+    started = []
+
+    def run(words, **keywords):
+        started.append(words)
+        return subprocess.CompletedProcess(words, returncode=0)
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    monkeypatch.setattr(compare, "RUNS", {"a_0.1": "a.py", "b": "b.py"})
+    return started
+
+
+def finish(run: Path):
+    """Leaves what a script leaves of a finished run."""
+    run.mkdir(exist_ok=True)
+    (run / "args.json").write_text("{}")
+    (run / "summary.json").write_text("{}")
+
+
+def test_a_run_that_did_not_end_is_removed_and_made_again(tmp_path, commands):
+    run = tmp_path / "a_0.1__1"
+    finish(run)
+    compare.execute("a_0.1", 1, tmp_path)  # no log tells its command
+    assert len(commands) == 1
+    assert not run.exists()
+    finish(run)
+    compare.execute("a_0.1", 1, tmp_path)
+    assert len(commands) == 1
+    (run / "summary.json").unlink()
+    compare.execute("a_0.1", 1, tmp_path)
+    assert len(commands) == 2
+    assert not run.exists()
+
+
+def test_a_run_with_another_command_is_made_again(tmp_path, commands, monkeypatch):
+    compare.execute("b", 1, tmp_path)
+    finish(tmp_path / "b__1")
+    monkeypatch.setitem(compare.RUNS, "b", "b.py --beta 2")
+    compare.execute("b", 1, tmp_path)
+    assert len(commands) == 2
+    assert not (tmp_path / "b__1").exists()
+
+
+def test_only_the_folder_of_a_run_is_removed(tmp_path, commands):
+    """A folder without a script's flags stays, and one that only a link leads to."""
+    folder = tmp_path / "runs"
+    (folder / "b__1").mkdir(parents=True)
+    (folder / "b__1" / "notes.txt").write_text("mine")
+    finish(tmp_path / "elsewhere")
+    (folder / "b__2").symlink_to(tmp_path / "elsewhere")
+    compare.execute("b", 1, folder)
+    compare.execute("b", 2, folder)
+    assert (folder / "b__1" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "elsewhere" / "args.json").exists()
+
+
+def test_every_run_has_a_log_of_its_own_and_folders_may_have_spaces(tmp_path, commands):
+    """The point in "a_0.1" begins no suffix."""
+    folder = tmp_path / "two words"
+    folder.mkdir()
+    for seed in (1, 2):
+        compare.execute("a_0.1", seed, folder)
+    logs = [path.name for path in sorted(folder.glob("*.log"))]
+    assert logs == ["a_0.1__1.log", "a_0.1__2.log"]
+    flags = ["--seed", "2", "--output_dir", str(folder / "a_0.1__2")]
+    assert commands[1] == [sys.executable, "a.py", *flags]
 
 
 def test_a_run_is_what_its_command_does_and_is_not_made_again(tmp_path, monkeypatch):
     flags = "--data playground/data/test.jsonl --max_steps 2 --eval_prompts 4"
     runs = {
         "a": f"dckd.py {flags}",
-        "b": f"-m playground.baselines --loss dpo {flags} --student {{a}}/model",
+        "b": f"-m studies.baselines --loss dpo {flags} --student {{a}}/model",
+        "c": "dckd.py --student {b}/none",
     }
-    monkeypatch.setattr(compare, "RUNS", runs | {"c": "dckd.py --student {b}/none"})
+    monkeypatch.setattr(compare, "RUNS", runs)
     compare.execute_all(["a", "b"], range(3, 4), tmp_path, 2)
-    made = {
-        path: path.stat().st_mtime_ns
-        for name in "ab"
-        for path in (tmp_path / f"{name}__3").rglob("*.*")
-    }
-    assert len(made) > 20
+    files = [*(tmp_path / "a__3").rglob("*.*"), *(tmp_path / "b__3").rglob("*.*")]
+    assert len(files) > 20
+    times = [path.stat().st_mtime_ns for path in files]
     compare.execute_all(["a", "b"], range(3, 4), tmp_path, 2)
-    assert made == {path: path.stat().st_mtime_ns for path in made}
+    assert [path.stat().st_mtime_ns for path in files] == times
     flags_of_b = json.loads((tmp_path / "b__3/args.json").read_text())
-    assert [flags_of_b[name] for name in ("student", "loss", "seed")] == [
-        str(tmp_path / "a__3/model"),
-        "dpo",
-        3,
-    ]
-    assert "reward_after" in (tmp_path / "a__3.log").read_text()  # what a terminal would show
+    assert flags_of_b["student"] == str(tmp_path / "a__3/model")
+    assert flags_of_b["loss"] == "dpo"
+    assert flags_of_b["seed"] == 3
+    # What a terminal would show.
+    assert "reward_after" in (tmp_path / "a__3.log").read_text()
 
-    words = [
-        sys.executable,
-        *runs["a"].split(),
-        "--seed",
-        "3",
-        "--output_dir",
-        str(tmp_path / "own"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    assert (
-        subprocess.run(
-            words, cwd=ROOT, env=environment, capture_output=True, timeout=300
-        ).returncode
-        == 0
+    own = ["--seed", "3", "--output_dir", str(tmp_path / "own")]
+    subprocess.run(
+        [sys.executable, *runs["a"].split(), *own],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=300,
+        check=True,
     )
-    weights = [
-        (tmp_path / run / "model/model.safetensors").read_bytes() for run in ("a__3", "own", "b__3")
-    ]
-    assert weights[0] == weights[1] != weights[2]
+    weights = {}
+    for run in ("a__3", "own", "b__3"):
+        weights[run] = (tmp_path / run / "model/model.safetensors").read_bytes()
+    assert weights["a__3"] == weights["own"]
+    assert weights["a__3"] != weights["b__3"]
 
     with pytest.raises(SystemExit, match=r"c with seed 3 failed: see .*c__3\.log"):
         compare.execute("c", 3, tmp_path)

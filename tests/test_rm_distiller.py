@@ -1,15 +1,27 @@
-"""RM-Distiller against slow loops in float64, against plain forward passes, and against odd replies of teachers."""
+"""rm_distiller.py: its mathematics and a step of it against slow loops and plain forward passes,
+the replies of teachers that it can read, its stages, and the reward model that it saves."""
 
 import datetime
 import json
 import math
 import re
 import statistics
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_model, make_tokenizer, read_jsonl, run_script, save
+from conftest import (
+    ROOT,
+    make_model,
+    make_tokenizer,
+    random_examples,
+    read_jsonl,
+    run_script,
+    save,
+    vowels,
+    write_jsonl,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -18,95 +30,153 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-from common import LM, load_reward, read_rows
-from playground import released, rm_pairs
-from playground.world import all_requests, read_request
-from playground.world import judge as oracle
+import rm_distiller
+from common import LM, load_reward_function, read_rows
+from playground.world import all_requests, judge, read_request
 from rm_distiller import (
-    IT,
-    REFINE,
-    RESCORE,
-    SCORE,
-    A,
+    ANSWER_A,
+    ANSWER_B,
+    REFINE_PROMPT,
+    RESCORE_PROMPT,
+    SCORE_PROMPT,
+    THE_EDIT,
     Args,
-    B,
+    add_reward_head,
+    answer_prompts,
+    best_of_n_rewards,
+    edit_worse_answers,
     forward_kl,
+    order_by_score,
+    pair_accuracy,
     pair_loss,
     read_edit,
-    read_score,
+    read_scores,
+    rm_distiller_terms,
+    score_as_answer_a,
+    score_edits,
+    without_thoughts,
 )
+from studies import released, rm_pairs
 
 CPU = torch.device("cpu")
 
 
-def said(text: str, finished=True) -> dict:
+def sample(text: str, finished=True) -> dict:
     return {"text": text, "finished": finished}
 
 
-# ---------------------------------------------------------------------------------------------------------- mathematics
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+# ------------------------------------------------------------------------------------------ prompts
+def test_the_prompts_are_to_the_letter_those_that_the_playgrounds_teacher_learned():
+    """If one of them changes, the playground has to be built again."""
+    assert SCORE_PROMPT.format(prompt="<x>", a="<y1>", b="<y2>") == (
+        "Request: <x>\nAnswer A: <y1>\nAnswer B: <y2>\n"
+        "Score each answer from 1 to 10. Reply as A: score, B: score"
+    )
+    assert REFINE_PROMPT.format(prompt="<x>", better="<y_T>", worse="<y_l>") == (
+        "Request: <x>\nBetter answer: <y_T>\nWorse answer: <y_l>\n"
+        "Explain why the second answer is worse, "
+        "then edit it as little as possible to make it good.\n"
+        "Reply as Why: reason Edited: answer"
+    )
+    assert RESCORE_PROMPT.format(score=6.51) == (
+        "The worse answer was scored 7 out of 10. Score the edited answer on the same scale.\n"
+        "Reply with the score."
+    )
+
+
+# -------------------------------------------------------------------------------------- mathematics
 def draw(*shape, seed=0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def test_the_examples_of_the_docstrings():
+    better = torch.tensor([1.2])
+    worse = torch.tensor([0.3])
+    assert pair_loss(better, worse, torch.tensor([0.5])).item() == pytest.approx(0.16)
+    assert pair_loss(better, worse).item() == pytest.approx(0.341, abs=1e-3)
+    teacher = torch.tensor([[0.75, 0.25]]).log()
+    student = torch.tensor([[0.5, 0.5]]).log()
+    assert forward_kl(teacher, student).item() == pytest.approx(0.131, abs=1e-3)
+    assert read_scores("**A:** 8, **B:** 6/10", [ANSWER_A, ANSWER_B]) == [8.0, 6.0]
+    assert read_scores("A: 8-9, B: 6", [ANSWER_A, ANSWER_B]) == [0.0, 0.0]
+    assert without_thoughts("<think>Hm. A: 1?</think> A: 8, B: 6") == "A: 8, B: 6"
 
 
 def test_the_margin_loss_equals_a_slow_loop():
     better, worse, margins = draw(3, 7)
-    slow = [(better[i].item() - worse[i].item() - margins[i].item()) ** 2 for i in range(7)]
+    slow = []
+    for i in range(7):
+        slow.append((better[i].item() - worse[i].item() - margins[i].item()) ** 2)
     assert pair_loss(better, worse, margins).tolist() == pytest.approx(slow)
-    assert pair_loss(better, better - margins, margins).tolist() == pytest.approx(
-        [0] * 7, abs=1e-28
-    )
+    exact = pair_loss(better, better - margins, margins)
+    assert exact.tolist() == pytest.approx([0] * 7, abs=1e-28)
 
 
 def test_without_margins_it_is_bradley_terry():
     better, worse = draw(2, 7)
-    slow = [-math.log(1 / (1 + math.exp(worse[i].item() - better[i].item()))) for i in range(7)]
+    slow = []
+    for i in range(7):
+        slow.append(-math.log(1 / (1 + math.exp(worse[i].item() - better[i].item()))))
     assert pair_loss(better, worse).tolist() == pytest.approx(slow)
 
 
 def test_the_released_table_pulls_every_pair_to_the_mean_margin():
     better, worse, margins = draw(3, 5)
-    table = [[(better[i] - worse[i] - margins[j]).item() ** 2 for i in range(5)] for j in range(5)]
-    ours = released.margin_loss_over_a_table(better, worse, margins)
-    assert ours.mean().item() == pytest.approx(statistics.mean(map(statistics.mean, table)))
-    spread = margins.var(
-        correction=0
-    ).item()  # what cannot be learned, and what the pull is towards
+    squares = []
+    for i in range(5):
+        for k in range(5):
+            squares.append((better[i] - worse[i] - margins[k]).item() ** 2)
+    table = released.margin_loss_over_a_table(better, worse, margins).mean().item()
+    assert table == pytest.approx(statistics.mean(squares))
+    # The variance of the margins cannot be learned. The rest pulls to their mean.
+    spread = margins.var(correction=0).item()
     to_mean = pair_loss(better, worse, margins.mean().expand(5)).mean().item()
-    assert ours.mean().item() == pytest.approx(to_mean + spread)
-    assert abs(ours.mean().item() - pair_loss(better, worse, margins).mean().item()) > 0.1
-    equal = torch.full(
-        (5,), 1.5, dtype=torch.float64
-    )  # and is nothing but the same when all margins are equal
-    assert released.margin_loss_over_a_table(better, worse, equal).mean() == pytest.approx(
-        pair_loss(better, worse, equal).mean().item()
-    )
+    assert table == pytest.approx(to_mean + spread)
+    assert abs(table - pair_loss(better, worse, margins).mean().item()) > 0.1
+    # If all margins are equal, it is the same loss.
+    equal = torch.full((5,), 1.5, dtype=torch.float64)
+    table = released.margin_loss_over_a_table(better, worse, equal).mean().item()
+    assert table == pytest.approx(pair_loss(better, worse, equal).mean().item())
 
 
 @pytest.mark.parametrize(
     "shapes", [((4,), (4,), (4, 1)), ((4, 1), (4, 1), (4,)), ((4,), (4,), (1,)), ((4,), (1,), None)]
 )
 def test_shapes_that_would_broadcast_are_refused(shapes):
-    better, worse, margins = (None if shape is None else torch.zeros(shape) for shape in shapes)
-    with pytest.raises(AssertionError):
+    better, worse, margins = [None if shape is None else torch.zeros(shape) for shape in shapes]
+    with pytest.raises(ValueError, match="one shape"):
         pair_loss(better, worse, margins)
 
 
 def test_the_forward_kl_equals_a_slow_loop_and_takes_excluded_tokens():
     teacher, student = draw(2, 4, 9).log_softmax(-1)
     teacher[0, 2] = -math.inf
+    # Where both exclude a token, the difference of their log-probs is NaN.
+    teacher[1, 3] = -math.inf
+    student[1, 3] = -math.inf
     slow = []
     for t in range(4):
-        terms = [
-            (teacher[t, a].exp() * (teacher[t, a] - student[t, a])).item()
-            for a in range(9)
-            if (t, a) != (0, 2)
-        ]
-        slow.append(sum(terms))
+        total = 0.0
+        for a in range(9):
+            p = teacher[t, a].exp().item()
+            if p > 0:
+                total += p * (teacher[t, a] - student[t, a]).item()
+        slow.append(total)
     assert forward_kl(teacher, student).tolist() == pytest.approx(slow)
 
 
-# ---------------------------------------------------------------------------------------- r45: what teachers really say
-PAIRS = {  # reply: (score of A, score of B), 0 where nothing certain was said
+# --------------------------------------------------------------- r45: what teachers really reply
+# A reply, and its scores of A and B. They are 0 where nothing certain was said.
+PAIRS = {
     "A: 8, B: 6": (8, 6),
     "A:8,B:6": (8, 6),
     "A: 8\nB: 6": (8, 6),
@@ -174,24 +244,42 @@ PAIRS = {  # reply: (score of A, score of B), 0 where nothing certain was said
 
 @pytest.mark.parametrize("text", PAIRS)
 def test_r45_scores_of_two_answers_are_read_right_or_not_at_all(text):
-    first, second = PAIRS[text]
-    assert read_score(said(text), A, B) == first
-    if any(
-        letter.isalpha() for letter in text.replace("and", "")
-    ):  # without names, the order tells
-        assert read_score(said(text), B, A) == second
+    score_a, score_b = PAIRS[text]
+    assert read_scores(text, [ANSWER_A, ANSWER_B]) == [score_a, score_b]
+    # Without names it is their order that tells.
+    has_names = any(letter.isalpha() for letter in text.replace("and", ""))
+    if has_names:
+        assert read_scores(text, [ANSWER_B, ANSWER_A]) == [score_b, score_a]
 
 
 SINGLE = {
-    "8": 8, "8.": 8, " 10 ": 10, "8/10": 8, "8.5": 8.5, "**9**": 9, "Score: 7": 7, "score: 7/10": 7, "Rating: 7": 7,
-    "The score is 7.": 7, "I would score it 7 out of 10": 7, "": 0, "good": 0, "0": 0, "11": 0, "7 or 8": 0,
-    "7-8": 0, "-7": 0, "70%": 0, "Score: 7. Score: 8": 0, "It names 3 fish.": 0,
-}  # fmt: skip
+    "8": 8,
+    "8.": 8,
+    " 10 ": 10,
+    "8/10": 8,
+    "8.5": 8.5,
+    "**9**": 9,
+    "Score: 7": 7,
+    "score: 7/10": 7,
+    "Rating: 7": 7,
+    "The score is 7.": 7,
+    "I would score it 7 out of 10": 7,
+    "": 0,
+    "good": 0,
+    "0": 0,
+    "11": 0,
+    "7 or 8": 0,
+    "7-8": 0,
+    "-7": 0,
+    "70%": 0,
+    "Score: 7. Score: 8": 0,
+    "It names 3 fish.": 0,
+}
 
 
 @pytest.mark.parametrize("text", SINGLE)
 def test_r45_one_score_is_read_right_or_not_at_all(text):
-    assert read_score(said(text), IT) == SINGLE[text]
+    assert read_scores(text, [THE_EDIT]) == [SINGLE[text]]
 
 
 EDITS = {
@@ -215,33 +303,23 @@ EDITS = {
 
 @pytest.mark.parametrize("text", EDITS)
 def test_r45_edits_are_what_stands_behind_the_word(text):
-    assert read_edit(said(text)) == EDITS[text]
-    assert (
-        read_edit(said(text, finished=False)) == ""
-    )  # a reply that was cut off holds half an edit
+    assert read_edit(sample(text)) == EDITS[text]
+    # A reply that was cut off holds half an edit.
+    assert read_edit(sample(text, finished=False)) == ""
 
 
-# ---------------------------------------------------------------------------------- a step against plain forward passes
-def annotations(tmp_path, pairs) -> str:
+# ------------------------------------------------------------ a step against plain forward passes
+def annotations(tmp_path, pairs) -> Path:
     """What another program might have written about the eight pairs: text, and scores."""
     rows = []
-    for i, row in enumerate(json.loads(line) for line in pairs.read_text().splitlines()):
-        scores = {
-            "score_chosen": 6.0 + i / 4,
-            "score_rejected": 2.0 + i / 8,
-            "score_refined": 9.5 - i / 4,
-        }
-        rows.append(
-            {
-                **row,
-                "refined": f"{row['chosen']} indeed",
-                "teacher": f"a thing of {i} words",
-                **scores,
-            }
-        )
-    path = tmp_path / "annotations.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    for i, row in enumerate(read_jsonl(pairs)):
+        row["refined"] = f"{row['chosen']} indeed"
+        row["teacher"] = f"a thing of {i} words"
+        row["score_chosen"] = 6.0 + i / 4
+        row["score_rejected"] = 2.0 + i / 8
+        row["score_refined"] = 9.5 - i / 4
+        rows.append(row)
+    return write_jsonl(tmp_path / "annotations.jsonl", rows)
 
 
 STEP = {"eval_prompts": 4, "best_of": 0, "max_response_tokens": 60}
@@ -255,142 +333,176 @@ FLAGS = {
 }
 
 
-def slow_step(paths: dict, path: str, flags: dict):
-    """Mean loss over the pairs, its parts and its gradient, in float64 and by one plain forward pass after another."""
-    lm, model = (
-        LM(paths["student"], CPU),
-        AutoModelForCausalLM.from_pretrained(paths["student"], dtype=torch.float64),
-    )
+def seeded_head(width: int, seed=1) -> torch.Tensor:
+    """[width]: the weights that the reward head begins with."""
+    torch.manual_seed(seed)
+    return torch.nn.Linear(width, 1, bias=False).weight.detach()[0]
+
+
+def plain_reward(model, head: torch.Tensor, prompt, response) -> torch.Tensor:
+    """r(x, y) from one plain forward pass."""
+    output = model(torch.tensor([prompt + response]), output_hidden_states=True)
+    return (output.hidden_states[-1][0, -1] * head).sum()
+
+
+def plain_log_probs(model, prompt, response, vocab_size: int) -> torch.Tensor:
+    """[|response|, V] with a gradient, from one plain forward pass."""
+    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, :vocab_size]
+    return logits.log_softmax(-1)
+
+
+def slow_step(paths: dict, path: Path, flags: dict):
+    """({term: value}, gradient) over all pairs, in float64. It takes one plain forward pass after
+    the other."""
+    lm = LM(paths["student"], CPU)
+    model = AutoModelForCausalLM.from_pretrained(paths["student"], dtype=torch.float64)
     teacher = AutoModelForCausalLM.from_pretrained(paths["teacher"], dtype=torch.float64)
-    torch.manual_seed(1)
-    head = (
-        torch.nn.Linear(model.config.hidden_size, 1, bias=False)
-        .weight.detach()
-        .double()[0]
-        .requires_grad_()
-    )
+    head = seeded_head(model.config.hidden_size).double().requires_grad_()
     better = "chosen" if flags.get("no-refine") else "refined"
-    parts = {"pair": 0.0, "kl": 0.0, "nll": 0.0}
-    rows = read_rows(path, "train", (better, "rejected"))
+    rows = read_rows(str(path), "train", (better, "rejected"))
+    terms = {"pair": 0.0, "kl": 0.0, "nll": 0.0}
     for row in rows:
-        prompt, responses = lm.encode(row["prompt"], [row[better], row["rejected"], row["teacher"]])
-        r = []
-        for response in responses[:2]:
-            states = model(
-                torch.tensor([prompt + response]), output_hidden_states=True
-            ).hidden_states[-1]
-            r.append((states[0, -1] * head).sum())
-        margin = flags.get("margin_scale", 0.3) * (row[f"score_{better}"] - row["score_rejected"])
-        bradley_terry = -torch.log(torch.sigmoid(r[0] - r[1]))
-        parts["pair"] += bradley_terry if flags.get("no-margin") else (r[0] - r[1] - margin) ** 2
-        ids, span = torch.tensor([prompt + responses[2]]), slice(len(prompt) - 1, -1)
-        ours = model(ids).logits[0, span, : lm.vocab_size].log_softmax(-1)
-        theirs = teacher(ids).logits[0, span, : lm.vocab_size].log_softmax(-1).detach()
-        length = len(responses[2])
-        parts["kl"] += (
-            sum((theirs[t].exp() * (theirs[t] - ours[t])).sum() for t in range(length)) / length
-        )
-        parts["nll"] -= sum(ours[t, token] for t, token in enumerate(responses[2])) / length
-    parts = {name: part / len(rows) for name, part in parts.items()}
-    total = (
-        parts["pair"]
-        + flags.get("kl_coef", 0.1) * parts["kl"]
-        + flags.get("nll_coef", 0.0) * parts["nll"]
-    )
+        columns = [better, "rejected", "teacher"]
+        prompt, responses = lm.encode(row["prompt"], [row[column] for column in columns])
+        difference = plain_reward(model, head, prompt, responses[0])
+        difference = difference - plain_reward(model, head, prompt, responses[1])
+        points = row[f"score_{better}"] - row["score_rejected"]
+        if flags.get("no-margin"):
+            pair = -torch.log(torch.sigmoid(difference))
+        else:
+            pair = (difference - flags.get("margin_scale", 0.3) * points) ** 2
+        terms["pair"] += pair / len(rows)
+
+        answer = responses[2]
+        log_probs = plain_log_probs(model, prompt, answer, lm.vocab_size)
+        teacher_log_probs = plain_log_probs(teacher, prompt, answer, lm.vocab_size).detach()
+        for t, token in enumerate(answer):
+            kl = (teacher_log_probs[t].exp() * (teacher_log_probs[t] - log_probs[t])).sum()
+            terms["kl"] += kl / len(answer) / len(rows)
+            terms["nll"] -= log_probs[t, token] / len(answer) / len(rows)
+    kl_coef = flags.get("kl_coef", 0.1)
+    nll_coef = flags.get("nll_coef", 0.0)
+    total = terms["pair"] + kl_coef * terms["kl"] + nll_coef * terms["nll"]
     gradient = torch.autograd.grad(total, [*model.parameters(), head])
-    return {"total": total.item(), **{name: part.item() for name, part in parts.items()}}, gradient
+    values = {name: term.item() for name, term in terms.items()}
+    return {"total": total.item(), **values}, gradient
 
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_r04_r44_a_step_equals_a_slow_loop_over_plain_forward_passes(
     name, checkpoints, pairs, run_tiny, tmp_path
 ):
-    path, flags = annotations(tmp_path, pairs), FLAGS[name]
+    flags = FLAGS[name]
+    path = annotations(tmp_path, pairs)
     run = run_tiny("rm_distiller", annotations=path, **STEP, **flags)
     expected, gradient = slow_step(checkpoints, path, flags)
-    [row_of_metrics] = read_jsonl(run / "metrics.jsonl")
-    logged = {
-        key.removeprefix("losses/"): v
-        for key, v in row_of_metrics.items()
-        if key.startswith("losses/")
-    }
-    generation = flags.get("kl_coef", 0.1) + flags.get("nll_coef", 0) > 0
-    assert logged.keys() == ({"total", "pair", "kl", "nll"} if generation else {"total", "pair"})
-    for term, value in logged.items():
-        silent = term == "kl" and not flags.get(
-            "kl_coef", 0.1
-        )  # without the teacher there is nothing to compare with
-        assert value == pytest.approx(0 if silent else expected[term], rel=1e-3, abs=1e-6), term
+    [metrics] = read_jsonl(run / "metrics.jsonl")
+    terms = {"total", "pair"}
+    if flags.get("kl_coef", 0.1) > 0:
+        terms |= {"kl", "nll"}
+    if flags.get("nll_coef", 0.0) > 0:
+        terms.add("nll")
+    assert {key for key in metrics if key.startswith("losses/")} == {f"losses/{t}" for t in terms}
+    for term in terms:
+        value = metrics[f"losses/{term}"]
+        assert value == pytest.approx(expected[term], rel=1e-3, abs=1e-6), term
+
     state = torch.load(run / "checkpoint.pt", weights_only=True)["optimizer"]["state"]
-    for i, theirs in enumerate(gradient):
-        if i not in state:
-            assert not theirs.any()  # the language-model head, when nothing is asked of it
-        else:  # AdamW's first moment is (1 − 0.9) times the gradient
-            ours = state[i]["exp_avg"].double().view_as(theirs) / 0.1
-            torch.testing.assert_close(ours, theirs, rtol=5e-3, atol=1e-5)
-    lm, better = LM(checkpoints["student"], CPU), "chosen" if flags.get("no-refine") else "refined"
-    columns = [better, "rejected", "teacher"] if generation else [better, "rejected"]
-    rows = read_rows(path, "train", (better, "rejected"))
-    responses = [
-        r for row in rows for r in lm.encode(row["prompt"], [row[name] for name in columns])[1]
-    ]
-    assert row_of_metrics["charts/tokens"] == sum(
-        map(len, responses)
-    )  # y_T is no part of the row if nothing needs it
+    for i, slow in enumerate(gradient):
+        if i in state:
+            # AdamW's first moment is (1 − 0.9) times the gradient.
+            measured = state[i]["exp_avg"].double().view_as(slow) / 0.1
+            torch.testing.assert_close(measured, slow, rtol=5e-3, atol=1e-5)
+        else:
+            # It is the language model's head, when nothing is asked of it.
+            assert not slow.any()
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_the_teachers_answer_is_no_part_of_the_row_if_nothing_needs_it(
+    name, checkpoints, pairs, run_tiny, tmp_path
+):
+    flags = FLAGS[name]
+    path = annotations(tmp_path, pairs)
+    run = run_tiny("rm_distiller", annotations=path, **STEP, **flags)
+    better = "chosen" if flags.get("no-refine") else "refined"
+    columns = [better, "rejected"]
+    if flags.get("kl_coef", 0.1) + flags.get("nll_coef", 0.0) > 0:
+        columns.append("teacher")
+    lm = LM(checkpoints["student"], CPU)
+    tokens = 0
+    for row in read_rows(str(path), "train", (better, "rejected")):
+        _, responses = lm.encode(row["prompt"], [row[column] for column in columns])
+        tokens += sum(len(response) for response in responses)
+    [metrics] = read_jsonl(run / "metrics.jsonl")
+    assert metrics["charts/tokens"] == tokens
 
 
 def test_of_every_pair_only_its_own_margin_counts(checkpoints, pairs, run_tiny, tmp_path):
-    """Changing one margin changes the loss by what that pair's term changes: nothing is spread over the batch."""
+    """Changing one margin changes the loss by what that pair's term changes: nothing is spread over
+    the batch."""
     path = annotations(tmp_path, pairs)
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     losses = []
     for more in (0.0, 1.0):
-        changed = [
-            row | {"score_refined": row["score_refined"] + more * (i == 3)}
-            for i, row in enumerate(rows)
-        ]
-        file = tmp_path / f"changed{more}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in changed))
-        run = run_tiny("rm_distiller", annotations=str(file), **STEP, kl_coef=0, margin_scale=1)
+        rows = read_jsonl(path)
+        rows[3]["score_refined"] += more
+        changed = write_jsonl(tmp_path / f"changed{more}.jsonl", rows)
+        run = run_tiny("rm_distiller", annotations=changed, **STEP, kl_coef=0, margin_scale=1)
         losses.append(read_jsonl(run / "metrics.jsonl")[0]["losses/pair"])
-    torch.manual_seed(1)
-    head = torch.nn.Linear(32, 1, bias=False).weight.detach()[0]
-    lm, row = LM(checkpoints["student"], CPU), read_rows(path, "train", ("refined", "rejected"))[3]
-    prompt, responses = lm.encode(row["prompt"], [row["refined"], row["rejected"]])
+
+    lm = LM(checkpoints["student"], CPU)
+    head = seeded_head(32)
+    row = read_rows(str(path), "train", ("refined", "rejected"))[3]
+    prompt, [refined, rejected] = lm.encode(row["prompt"], [row["refined"], row["rejected"]])
     with torch.no_grad():
-        states = [
-            lm.model(torch.tensor([prompt + r]), output_hidden_states=True).hidden_states[-1]
-            for r in responses
-        ]
-    difference = ((states[0][0, -1] - states[1][0, -1]) @ head).item()
-    margin = row["score_refined"] - row["score_rejected"]
-    expected = ((difference - margin - 1) ** 2 - (difference - margin) ** 2) / 8
+        difference = plain_reward(lm.model, head, prompt, refined)
+        difference -= plain_reward(lm.model, head, prompt, rejected)
+    distance = difference.item() - (row["score_refined"] - row["score_rejected"])
+    expected = ((distance - 1) ** 2 - distance**2) / 8
     assert losses[1] - losses[0] == pytest.approx(expected, rel=1e-3)
 
 
-# ----------------------------------------------------------------------------------------------- the saved reward model
-def trained(checkpoints, pairs, tmp_path, tokenizer=None, **flags):
-    """A run from annotations, of a student with some tokenizer, for a few steps."""
+def test_the_terms_are_those_of_each_example_alone(load):
+    """[B] for every term, of whatever batch. Without a KL there is no teacher."""
+    student = load("student", trainable=True)
+    add_reward_head(student, seed=1)
+    teacher = load("teacher")
+    shapes = [(4, [3, 5, 2]), (6, [1, 4, 7]), (2, [5, 2, 3])]
+    examples = random_examples(student.vocab_size, shapes)
+    for points, example in enumerate(examples, 2):
+        example.row["margin"] = float(points)
+    for kl_coef, names in ((1.0, ["pair", "kl", "nll"]), (0.0, ["pair", "nll"])):
+        args = Args(kl_coef=kl_coef, nll_coef=1.0, logits_chunk=5)
+        asked = teacher if kl_coef else None
+        terms = rm_distiller_terms(examples, student, asked, student.vocab_size, args)
+        assert list(terms) == names
+        for i, example in enumerate(examples):
+            alone = rm_distiller_terms([example], student, asked, student.vocab_size, args)
+            for name in names:
+                assert terms[name].shape == (3,)
+                assert terms[name][i].item() == pytest.approx(alone[name].item(), rel=1e-4)
+
+
+# ------------------------------------------------------------------------- the saved reward model
+def train_from_annotations(checkpoints, pairs, tmp_path, tokenizer=None, **flags) -> Path:
+    """The folder of a short run from annotations, of a student with this tokenizer."""
     models = {role: checkpoints[role] for role in ("student", "teacher")}
     if tokenizer is not None:
-        models = {
-            role: save(tmp_path / role, tokenizer, make_model(len(tokenizer), seed=3))
-            for role in models
-        }
-    how = {
+        for role in models:
+            model = make_model(len(tokenizer), seed=3)
+            models[role] = save(tmp_path / role, tokenizer, model)
+    defaults = {
         "annotations": annotations(tmp_path, pairs),
         "eval_data": pairs,
         "reward": "conftest:vowels",
         "max_steps": 3,
-    }
-    how |= {
         "batch_size": 4,
         "max_response_tokens": 60,
         "learning_rate": 1e-2,
         "best_of": 0,
-        **flags,
+        "output_dir": tmp_path / "run",
     }
-    assert run_script("rm_distiller", **models, **how, output_dir=tmp_path / "run") == 0
+    assert run_script("rm_distiller", **{**models, **defaults, **flags}) == 0
     return tmp_path / "run"
 
 
@@ -406,58 +518,59 @@ def test_r44_the_saved_model_is_a_plain_classifier_with_equal_scores(
     case, checkpoints, pairs, tmp_path
 ):
     tokenizer = make_tokenizer(**TOKENIZERS[case])
-    run = trained(checkpoints, pairs, tmp_path, tokenizer)
+    run = train_from_annotations(checkpoints, pairs, tmp_path, tokenizer)
     state = torch.load(run / "checkpoint.pt", weights_only=True)["model"]
+    head = state.pop("score.weight")[0]
+    assert head.dtype == torch.float32
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    trained.load_state_dict(state)
     lm = LM(tmp_path / "student", CPU)
-    rows = read_rows(str(pairs), "train")
-    texts, expected = [], []
-    trained_model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
-    head = state.pop("score.weight")
-    trained_model.load_state_dict(state)
-    for row in rows:
-        for answer in (row["chosen"], row["rejected"]):
-            prompt, [response] = lm.encode(row["prompt"], [answer])
+    prompts = []
+    responses = []
+    ids = []
+    expected = []
+    for row in read_rows(str(pairs), "train"):
+        for column in ("chosen", "rejected"):
+            prompt_ids, [response_ids] = lm.encode(row["prompt"], [row[column]])
+            prompts.append(row["prompt"])
+            responses.append(row[column])
+            ids.append(prompt_ids + response_ids)
             with torch.no_grad():
-                states = trained_model(
-                    torch.tensor([prompt + response]), output_hidden_states=True
-                ).hidden_states[-1]
-            texts.append(prompt + response)
-            expected.append((states[0, -1] @ head[0]).item())
+                expected.append(plain_reward(trained, head, prompt_ids, response_ids).item())
     assert len({round(value, 4) for value in expected}) > 10
 
+    # The scores are those of transformers, for a padded batch as libraries make it, and one by one.
     model = AutoModelForSequenceClassification.from_pretrained(run / "model")
     reloaded = AutoTokenizer.from_pretrained(run / "model")
-    assert (
-        model.config.num_labels == 1
-        and model.config.pad_token_id == reloaded.pad_token_id is not None
-    )
-    batch = reloaded.pad(
-        {"input_ids": texts}, return_tensors="pt", padding_side="right"
-    )  # as libraries do it
+    assert model.config.num_labels == 1
+    assert model.config.pad_token_id == reloaded.pad_token_id is not None
+    batch = reloaded.pad({"input_ids": ids}, return_tensors="pt", padding_side="right")
     with torch.no_grad():
         together = model(**batch).logits[:, 0].tolist()
-        alone = [model(torch.tensor([ids])).logits[0, 0].item() for ids in texts]
-    assert together == pytest.approx(expected, abs=1e-5) and alone == pytest.approx(
-        expected, abs=1e-5
-    )
+        alone = [model(torch.tensor([row])).logits[0, 0].item() for row in ids]
+    assert together == pytest.approx(expected, abs=1e-5)
+    assert alone == pytest.approx(expected, abs=1e-5)
 
-    for size in (1, 3, 32):  # and as `--reward runs/<run>/model` of the other scripts
-        judge = load_reward(str(run / "model"), CPU, batch_size=size)
-        prompts = [row["prompt"] for row in rows for _ in range(2)]
-        answers = [row[name] for row in rows for name in ("chosen", "rejected")]
-        assert judge(prompts, answers) == pytest.approx(expected, abs=1e-5)
-    language = AutoModelForCausalLM.from_pretrained(run / "model")  # which the backbone has kept
-    assert language.generate(torch.tensor([texts[0]]), max_new_tokens=2).shape[1] > len(texts[0])
+    # They are those of `--reward runs/<run>/model` of the other scripts.
+    for batch_size in (1, 3, 32):
+        reward_fn = load_reward_function(str(run / "model"), CPU, batch_size=batch_size)
+        assert reward_fn(prompts, responses) == pytest.approx(expected, abs=1e-5)
+
+    # The backbone has kept the head of the language model.
+    language_model = AutoModelForCausalLM.from_pretrained(run / "model")
+    generated = language_model.generate(torch.tensor([ids[0]]), max_new_tokens=2)
+    assert generated.shape[1] > len(ids[0])
 
 
 def test_the_pages_lines_for_loading_it_give_the_same_score(checkpoints, pairs, tmp_path):
-    run = trained(checkpoints, pairs, tmp_path)
+    run = train_from_annotations(checkpoints, pairs, tmp_path)
     page = (ROOT / "docs" / "rm_distiller.md").read_text()
     [code] = re.findall(r"```python\n(.*?)```", page, re.S)
     scope = {}
     exec(code.replace("runs/rm/model", str(run / "model")), scope)
-    prompt, answer = (turn["content"] for turn in scope["chat"])
-    [expected] = load_reward(str(run / "model"), CPU)([[ask(prompt)]], [answer])
+    prompt, response = [turn["content"] for turn in scope["chat"]]
+    reward_fn = load_reward_function(str(run / "model"), CPU)
+    [expected] = reward_fn([[user(prompt)]], [response])
     assert scope["reward"] == pytest.approx(expected, abs=1e-5)
 
 
@@ -465,265 +578,377 @@ def test_r44_the_head_is_seeded(checkpoints, pairs, tmp_path):
     heads = []
     for folder, seed in (("one", 1), ("again", 1), ("other", 2)):
         (tmp_path / folder).mkdir()
-        run = trained(checkpoints, pairs, tmp_path / folder, seed=seed, max_steps=1)
+        run = train_from_annotations(
+            checkpoints, pairs, tmp_path / folder, seed=seed, learning_rate=0
+        )
         heads.append(torch.load(run / "checkpoint.pt", weights_only=True)["model"]["score.weight"])
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    # It depends on nothing but the seed.
+    assert torch.equal(heads[0][0], seeded_head(32, seed=1))
 
 
 def test_a_language_model_without_a_head_is_no_judge(checkpoints, capsys):
     with pytest.raises(SystemExit):
-        load_reward(checkpoints["student"], CPU)
+        load_reward_function(checkpoints["student"], CPU)
     assert "score.weight" in capsys.readouterr().err
 
 
 def test_a_reward_model_judges_the_other_scripts(checkpoints, pairs, run_tiny, tmp_path):
-    model = trained(checkpoints, pairs, tmp_path) / "model"
+    model = train_from_annotations(checkpoints, pairs, tmp_path) / "model"
     run = run_tiny("adpa", reward=model, teacher_ref="none")
     rows = read_jsonl(run / "eval_before.jsonl")
-    judged = load_reward(str(model), CPU)(
-        [row["prompt"] for row in rows], [row["text"] for row in rows]
-    )
-    assert [row["reward"] for row in rows] == pytest.approx(judged, abs=1e-5)
+    reward_fn = load_reward_function(str(model), CPU)
+    expected = reward_fn([row["prompt"] for row in rows], [row["text"] for row in rows])
+    assert [row["reward"] for row in rows] == pytest.approx(expected, abs=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------- evaluation
-def test_accuracy_by_subset_and_best_of_n_equal_a_slow_count(checkpoints, pairs, tmp_path, capsys):
-    """Columns of the data that happen to be called as something of ours change nothing."""
-    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
-    names = ["one", "two", None, "one", "", "two", "two", "one"]
-    rows = [
-        row | {"source": name, "worth": [5, 7], "pool": "x", "score_chosen": 1}
-        for row, name in zip(rows, names)
-    ]
-    file = tmp_path / "subsets.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
-    (tmp_path / "here").mkdir()
-    flags = {"eval_data": file, "best_of": 3, "eval_prompts": 5, "max_response_tokens": 40}
-    run = trained(checkpoints, pairs, tmp_path / "here", **flags)
-    out = capsys.readouterr().out
+def test_a_run_that_was_killed_behind_its_last_step_still_has_its_results(
+    checkpoints, pairs, tmp_path
+):
+    run = train_from_annotations(checkpoints, pairs, tmp_path, best_of=2, max_response_tokens=40)
     summary = json.loads((run / "summary.json").read_text())
+    metrics = (run / "metrics.jsonl").read_bytes()
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    (run / "summary.json").unlink()
+    (run / "model" / "model.safetensors").unlink()
+    assert run_script("rm_distiller", resume=run) == 0
+    again = json.loads((run / "summary.json").read_text())
+    for name in ("accuracy_before", "accuracy_after", "accuracy", "best_of_n_reward"):
+        assert again[name] == summary[name], name
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
 
-    judge, right = load_reward(str(run / "model"), CPU), {"one": [], "two": [], "all": []}
-    for row, name in zip([*rows, rows[0]], [*names, "one"]):
-        prompt = (
-            row["prompt"]
-            if isinstance(row["prompt"], list)
-            else [{"role": "user", "content": row["prompt"]}]
-        )
-        chosen, rejected = judge([prompt] * 2, [row["chosen"], row["rejected"]])
-        for subset in {name or "all", "all"}:
-            right[subset].append(chosen > rejected)
-    for subset, values in right.items():
+
+# --------------------------------------------------------------------------------------- evaluation
+SUBSETS = ["one", "two", None, "one", "", "two", "two", "one", "one"]
+
+
+@pytest.fixture
+def evaluated(checkpoints, pairs, tmp_path, capsys):
+    """(rows with subsets, run folder, summary, what was printed) of a run with --best_of 3. Columns
+    of the data that happen to be called as something of ours change nothing."""
+    rows = read_jsonl(pairs)
+    rows.append(dict(rows[0]))
+    for row, subset in zip(rows, SUBSETS, strict=True):
+        row |= {"source": subset, "worth": [5, 7], "pool": "x", "score_chosen": 1}
+    file = write_jsonl(tmp_path / "subsets.jsonl", rows)
+    flags = {"eval_data": file, "best_of": 3, "eval_prompts": 5, "max_response_tokens": 40}
+    run = train_from_annotations(checkpoints, pairs, tmp_path, **flags)
+    summary = json.loads((run / "summary.json").read_text())
+    return read_rows(str(file), "train"), run, summary, capsys.readouterr().out
+
+
+def test_accuracy_by_subset_equals_a_slow_count(evaluated):
+    rows, run, summary, out = evaluated
+    reward_fn = load_reward_function(str(run / "model"), CPU)
+    correct = {"one": [], "two": [], "all": []}
+    for row in rows:
+        chosen, rejected = reward_fn([row["prompt"]] * 2, [row["chosen"], row["rejected"]])
+        for subset in {row["source"] or "all", "all"}:
+            correct[subset].append(chosen > rejected)
+    assert summary["accuracy"].keys() == {*correct, "best of 3"}
+    for subset, values in correct.items():
         share, error, count = summary["accuracy"][subset]
-        assert (share, count) == (pytest.approx(statistics.mean(values)), len(values))
+        assert share == pytest.approx(statistics.mean(values))
+        assert count == len(values)
         assert error == pytest.approx((share * (1 - share) / count) ** 0.5)
-        assert subset in out
-    assert summary["accuracy_after"] == summary["accuracy"]["all"][0] and summary[
-        "accuracy"
-    ].keys() == {
-        *right,
-        "best of 3",
-    }
+        assert re.search(rf"^{subset} +{count} rows .* → {share:.3f} ± {error:.3f}$", out, re.M)
+    assert summary["accuracy_after"] == summary["accuracy"]["all"][0]
+    [*_, last] = read_jsonl(run / "metrics.jsonl")
+    assert last["eval/accuracy"] == summary["accuracy_after"]
 
+
+def test_the_best_of_n_equals_a_slow_count(evaluated):
+    _, run, summary, _ = evaluated
     options = read_jsonl(run / "options.jsonl")
+    lm = LM(run / "model", CPU, is_reward_model=True)
     best = []
     for row in options:
-        texts = [answer["text"] for answer in row["answers"]]
-        assert len(texts) == 3 and row["worth"] == [
-            sum(c in "aeiou" for c in text) / (len(text) + 1) for text in texts
-        ]
-        r = judge_unfinished(run, row)
-        best.append(
-            statistics.mean(worth for value, worth in zip(r, row["worth"]) if value == max(r))
-        )
-    assert len(options) == 5 and summary["best_of_n_reward"] == pytest.approx(statistics.mean(best))
+        texts = [response["text"] for response in row["answers"]]
+        assert len(texts) == 3
+        assert row["worth"] == vowels(None, texts)
+        # Sampled responses end with an end-of-turn only if they were finished.
+        prompt, responses = lm.encode(row["prompt"], row["answers"])
+        values = []
+        for response in responses:
+            with torch.no_grad():
+                logits = lm.model(torch.tensor([prompt + response[:40]])).logits
+            values.append(logits[0, 0].item())
+        preferred = [w for w, value in zip(row["worth"], values) if value == max(values)]
+        best.append(statistics.mean(preferred))
+    assert len(options) == 5
+    assert summary["best_of_n_reward"] == pytest.approx(statistics.mean(best))
+    assert summary["accuracy"]["best of 3"][0] == summary["best_of_n_reward"]
 
 
-def judge_unfinished(run, row: dict) -> list[float]:
-    """r of sampled answers, which end with an end-of-turn only if they were finished."""
-    lm = LM(run / "model", CPU, reward=True)
-    prompt, responses = lm.encode(row["prompt"], row["answers"])
-    with torch.no_grad():
-        return [
-            lm.model(torch.tensor([prompt + response[:40]])).logits[0, 0].item()
-            for response in responses
-        ]
+def test_equal_rewards_share_a_pair_and_an_option(load):
+    """A head of zeros gives every response the reward 0."""
+    student = load("student")
+    add_reward_head(student, seed=1)
+    torch.nn.init.zeros_(student.model.score.weight)
+    examples = random_examples(student.vocab_size, [(4, [3, 3]), (5, [2, 4]), (3, [1, 2])])
+    for example in examples:
+        example.row["worth"] = [1.0, 4.0]
+    examples[0].row["subset"] = "one"
+    correct = pair_accuracy(examples, student, micro_batch_size=2)
+    assert correct == {"all": [0.5, 0.5, 0.5], "one": [0.5]}
+    assert best_of_n_rewards(examples, student, micro_batch_size=2) == [2.5, 2.5, 2.5]
 
 
 def test_the_playgrounds_pairs_are_what_they_are_said_to_be():
-    rows, requests = (
-        read_jsonl(ROOT / Args().eval_data),
-        {request.text for request in all_requests()[1]},
-    )
+    rows = read_jsonl(ROOT / Args().eval_data)
     gaps = {"easy": [], "hard": [], "shifted": []}
+    rewards = {"easy": [], "hard": [], "shifted": []}
     for row in rows:
         request = read_request(row["prompt"])
-        gaps[row["subset"]].append(
-            oracle(request, row["chosen"]).reward - oracle(request, row["rejected"]).reward
-        )
-    assert {row["prompt"] for row in rows} == requests  # none of which is trained on
-    assert {name: len(values) for name, values in gaps.items()} == {
-        "easy": 256,
-        "hard": 256,
-        "shifted": 256,
-    }
-    assert (
-        min(gaps["easy"]) > rm_pairs.EASY - 1e-6
-        and 0 < min(gaps["hard"]) <= max(gaps["hard"]) < rm_pairs.HARD + 1e-6
-    )
+        chosen = judge(request, row["chosen"]).reward
+        rejected = judge(request, row["rejected"]).reward
+        gaps[row["subset"]].append(chosen - rejected)
+        rewards[row["subset"]] += [chosen, rejected]
+    # Nothing was trained on these requests.
+    _, held_out = all_requests()
+    assert {row["prompt"] for row in rows} == {request.text for request in held_out}
+    assert [len(values) for values in gaps.values()] == [256, 256, 256]
+    assert min(gaps["easy"]) > rm_pairs.EASY - 1e-6
+    assert min(gaps["hard"]) > 0
+    assert max(gaps["hard"]) < rm_pairs.HARD + 1e-6
     assert min(gaps["shifted"]) > 0
-    worth = {name: [] for name in gaps}
-    for row in rows:
-        worth[row["subset"]] += [
-            oracle(read_request(row["prompt"]), row[side]).reward for side in ("chosen", "rejected")
-        ]
-    means = {name: statistics.mean(values) for name, values in worth.items()}
-    assert means["shifted"] > max(
-        means["easy"], means["hard"]
-    )  # the teacher's answers are better than the writers'
+    # The teacher's answers are better than the writers'.
+    means = {name: statistics.mean(values) for name, values in rewards.items()}
+    assert means["shifted"] > max(means["easy"], means["hard"])
 
 
-# --------------------------------------------------------------------------------------------- the stages of annotation
-SHORT = {
-    "max_steps": 2,
-    "batch_size": 8,
-    "eval_prompts": 4,
-    "best_of": 0,
-    "max_response_tokens": 40,
-}
+# ---------------------------------------------------------------------- the stages of annotation
+SHORT = {"max_steps": 2, "batch_size": 8, "eval_prompts": 4, "best_of": 0}
+SHORT["max_response_tokens"] = 40
 
 
-PAIR_OF_SCORES = (("chosen", 7), ("rejected", 1))
-
-
-def few(tmp_path, count=24):
+def few(tmp_path, count=24) -> Path:
+    """The first rows of the playground's training data."""
     lines = (ROOT / "playground/data/train.jsonl").read_text().splitlines(keepends=True)
     path = tmp_path / "train.jsonl"
     path.write_text("".join(lines[:count]))
     return path
 
 
-def plain_scores(lm: LM, chat: list[dict], form: str) -> float:
+def plain_score(lm: LM, chat: list[dict], form: str) -> float:
     """Σ_s s p(s) by one plain forward pass for each of the ten replies."""
-    logps = []
-    for s in range(1, 11):
-        prompt, [reply] = lm.encode(chat, [{"text": form.format(s), "finished": form == "{}"}])
+    reply_logps = []
+    for score in range(1, 11):
+        response = sample(form.format(score), finished=form == "{}")
+        prompt, [reply] = lm.encode(chat, [response])
         with torch.no_grad():
-            logits = (
-                lm.model(torch.tensor([prompt + reply]))
-                .logits[0, len(prompt) - 1 : -1, : lm.vocab_size]
-                .double()
-            )
-        logps.append(logits.log_softmax(-1)[range(len(reply)), reply].sum())
-    return (torch.stack(logps).softmax(0) * torch.arange(1.0, 11.0)).sum().item()
+            log_probs = plain_log_probs(lm.model, prompt, reply, lm.vocab_size).double()
+        reply_logps.append(log_probs[range(len(reply)), reply].sum())
+    probs = torch.stack(reply_logps).softmax(0)
+    return (probs * torch.arange(1.0, 11.0)).sum().item()
 
 
-def ask(text: str) -> dict:
-    return {"role": "user", "content": text}
+def score_chat(prompt: str, a: str, b: str) -> list[dict]:
+    return [user(SCORE_PROMPT.format(prompt=prompt, a=a, b=b))]
+
+
+def rescore_chat(prompt: str, row: dict) -> list[dict]:
+    """What the teacher is asked behind its edit."""
+    refine = REFINE_PROMPT.format(
+        prompt=prompt, better=row["teacher"]["text"], worse=row["rejected"]
+    )
+    rescore = RESCORE_PROMPT.format(score=round(row["score_rejected"]))
+    return [user(refine), assistant(row["refined_reply"]), user(rescore)]
 
 
 def test_expected_scores_equal_plain_forward_passes_of_the_teacher(tmp_path):
-    assert run_script("rm_distiller", data=few(tmp_path), **SHORT, output_dir=tmp_path / "run") == 0
-    lm, rows = LM("playground/teacher", CPU), read_jsonl(tmp_path / "run" / "annotations.jsonl")
+    run = tmp_path / "run"
+    assert run_script("rm_distiller", data=few(tmp_path), **SHORT, output_dir=run) == 0
+    lm = LM("playground/teacher", CPU)
+    rows = read_jsonl(run / "annotations.jsonl")
     assert len(rows) > 12
     for row in rows[:6]:
-        request, chosen, rejected = row["prompt"][-1]["content"], row["chosen"], row["rejected"]
-        for name, a, b in (("chosen", chosen, rejected), ("rejected", rejected, chosen)):
-            question = (SCORE % ("a", "b")).format(asked=request, a=a, b=b)
-            assert row[f"score_{name}"] == pytest.approx(
-                plain_scores(lm, [ask(question)], "A: {},"), abs=1e-3
-            )
-        refine = ask(REFINE.format(asked=request, teacher=row["teacher"], rejected=rejected))
+        prompt = row["prompt"][-1]["content"]
+        expected = plain_score(lm, score_chat(prompt, row["chosen"], row["rejected"]), "A: {},")
+        assert row["score_chosen"] == pytest.approx(expected, abs=1e-3)
+        expected = plain_score(lm, score_chat(prompt, row["rejected"], row["chosen"]), "A: {},")
+        assert row["score_rejected"] == pytest.approx(expected, abs=1e-3)
+        expected = plain_score(lm, rescore_chat(prompt, row), "{}")
+        assert row["score_refined"] == pytest.approx(expected, abs=1e-3)
         assert row["refined"] == row["refined_reply"].partition("Edited:")[2].strip()
-        reply = {"role": "assistant", "content": row["refined_reply"]}
-        chat = [refine, reply, ask(RESCORE.format(score_rejected=round(row["score_rejected"])))]
-        assert row["score_refined"] == pytest.approx(plain_scores(lm, chat, "{}"), abs=1e-3)
-        assert row["score_chosen"] > row["score_rejected"] and row["refined"] != rejected
+        assert row["score_chosen"] > row["score_rejected"]
+        assert row["refined"] != row["rejected"]
 
 
 def test_scores_from_text_are_numbers_the_teacher_wrote(tmp_path, capsys):
-    flags = {"data": few(tmp_path), **SHORT, "score": "text"}
-    assert run_script("rm_distiller", **flags, output_dir=tmp_path / "run") == 0
-    rows = read_jsonl(tmp_path / "run" / "annotations.jsonl")
+    data = few(tmp_path)
+    run = tmp_path / "run"
+    assert run_script("rm_distiller", data=data, **SHORT, score="text", output_dir=run) == 0
+    counts = table_of(capsys.readouterr().out)
+    rows = read_jsonl(run / "annotations.jsonl")
     assert len(rows) > 6
-    lm = LM(
-        "playground/teacher", CPU
-    )  # scores are greedy, whatever the temperature of answers and edits
-    data = {row["id"]: row for row in read_rows(str(few(tmp_path)), "train")}
-    for row in read_jsonl(tmp_path / "run" / "score_chosen.jsonl")[:8]:
-        pair, request = data[row["id"]], row["prompt"][-1]["content"]
-        question = (SCORE % ("a", "b")).format(asked=request, a=pair["chosen"], b=pair["rejected"])
-        prompts = [lm.encode([ask(question)])[0]]
+    columns = ("score_chosen", "score_rejected", "score_refined")
+    for row in rows:
+        assert all(row[column] in range(1, 11) for column in columns)
+
+    # They are greedy, whatever the temperature of answers and edits.
+    lm = LM("playground/teacher", CPU)
+    data_of = {row["id"]: row for row in read_rows(str(data), "train")}
+    for row in read_jsonl(run / "score_chosen.jsonl")[:8]:
+        pair = data_of[row["id"]]
+        chat = score_chat(row["prompt"][-1]["content"], pair["chosen"], pair["rejected"])
+        prompts = [lm.prompt_ids(chat)]
         [[greedy]] = lm.sample(prompts, temperature=0, max_new_tokens=40, batch_size=1, seed=0)
         assert row["reply"] == greedy["text"]
-    columns = ("score_chosen", "score_rejected", "score_refined")
-    assert all(row[name] in range(1, 11) for row in rows for name in columns)
-    for column, names in (
-        ("score_refined", (IT,)),
-        ("score_chosen", (A, B)),
-        ("score_rejected", (A, B)),
-    ):
-        for row in read_jsonl(tmp_path / "run" / f"{column}.jsonl"):
-            assert row[column] == read_score(said(row["reply"]), *names)
-    counts = table_of(capsys.readouterr().out)
-    assert (
-        counts["tie"] >= 1 and counts.pop("rows in") == 24
-    )  # whole numbers tie; expected ones do not
+
+    names_of = {"score_refined": [THE_EDIT]}
+    for column in columns:
+        names = names_of.get(column, [ANSWER_A, ANSWER_B])
+        for row in read_jsonl(run / f"{column}.jsonl"):
+            assert row[column] == read_scores(row["reply"], names)[0]
+    # Whole numbers tie. Expected scores do not.
+    assert counts["tie"] >= 1
+    assert counts.pop("rows in") == 24
     assert sum(counts.values()) == 24
+
+
+@pytest.fixture(scope="module")
+def playground_teacher() -> LM:
+    return LM("playground/teacher", CPU)
+
+
+def test_every_stage_can_be_called_alone(playground_teacher, tmp_path):
+    teacher = playground_teacher
+    args = Args(max_response_tokens=40)
+    rows = read_rows(str(few(tmp_path, 3)), "train")
+    annotated = []
+    for answered in answer_prompts(rows, 1, teacher, args):
+        assert answered["teacher"]["finished"]
+        assert answered["teacher_reply"] == answered["teacher"]["text"] != ""
+        annotated.append(answered)
+    rows = [{**row, **answered} for row, answered in zip(rows, annotated)]
+
+    chosen = score_as_answer_a(rows, "chosen", "rejected", teacher, args)
+    rejected = score_as_answer_a(rows, "rejected", "chosen", teacher, args)
+    rows = [{**row, **one, **other} for row, one, other in zip(rows, chosen, rejected)]
+    for row in rows:
+        expected = score_chat(row["prompt"][0]["content"], row["rejected"], row["chosen"])
+        expected = plain_score(teacher, expected, "A: {},")
+        assert row["score_rejected"] == pytest.approx(expected, abs=1e-3)
+        assert 1 < row["score_chosen"] < 10
+
+    edits = edit_worse_answers(rows, 1, teacher, args)
+    rows = [{**row, **edit} for row, edit in zip(rows, edits)]
+    for row, scored in zip(rows, score_edits(rows, teacher, args), strict=True):
+        assert row["refined"] == row["refined_reply"].partition("Edited:")[2].strip()
+        expected = plain_score(teacher, rescore_chat(row["prompt"][0]["content"], row), "{}")
+        assert scored == {"score_refined": pytest.approx(expected, abs=1e-3)}
+
+
+def test_texts_with_braces_are_put_into_the_prompts_as_they_are(monkeypatch):
+    asked = []
+
+    def remember(chats, reply, teacher, **keywords) -> list[float]:
+        asked.extend(chats)
+        return [5.0] * len(chats)
+
+    monkeypatch.setattr(rm_distiller, "expected_scores", remember)
+    row = {
+        "prompt": [user("{prompt} {0}"), assistant("{"), user("f'{x:>3}'")],
+        "chosen": "{b}",
+        "rejected": "}{",
+        "teacher": sample("{worse} %s"),
+        "score_rejected": 2.0,
+        "refined_reply": "{score}",
+    }
+    args = Args()
+    assert score_as_answer_a([row], "chosen", "rejected", None, args) == [{"score_chosen": 5.0}]
+    assert score_edits([row], None, args) == [{"score_refined": 5.0}]
+    [[score], [refine, reply, _]] = asked
+    request = "Request: {prompt} {0}\n{\nf'{x:>3}'\n"
+    assert score["content"].startswith(request + "Answer A: {b}\nAnswer B: }{\nScore each")
+    answers = "Better answer: {worse} %s\nWorse answer: }{\nExplain"
+    assert refine["content"].startswith(request + answers)
+    assert reply == assistant("{score}")
+
+
+def test_the_order_of_a_pair_is_the_teachers():
+    row = {"id": "1", "chosen": "x", "rejected": "y", "score_chosen": 2.0, "score_rejected": 6.0}
+    turned = {"chosen": "y", "rejected": "x", "score_chosen": 6.0, "score_rejected": 2.0}
+    assert order_by_score(row) == {"id": "1", **turned}
+    assert order_by_score(turned) == turned
 
 
 def table_of(out: str) -> dict[str, int]:
     """What the run printed of the rows that it dropped and kept."""
-    lines = [line.split(None, 1) for line in out.splitlines() if line[:8].strip().isdigit()]
-    return {what: int(count) for count, what in lines}
+    counts = {}
+    for line in out.splitlines():
+        if line[:8].strip().isdigit():
+            count, name = line.split(None, 1)
+            counts[name] = int(count)
+    return counts
+
+
+@pytest.fixture
+def rows_of_pairs(pairs) -> list[dict]:
+    """The id and the prompt of the eight pairs, as files of stages begin."""
+    return [{"id": row["id"], "prompt": row["prompt"]} for row in read_rows(str(pairs), "train")]
+
+
+def with_column(rows: list[dict], **columns) -> list[dict]:
+    """Rows with more columns, which have the same value in every row."""
+    return [{**row, **columns} for row in rows]
 
 
 @pytest.fixture
 def feed(pairs, checkpoints, tmp_path):
-    """feed({stage: rows}): a run that finds files of stages in its folder, as if killed with them there."""
+    """feed({stage: rows}): a run that finds files of stages in its folder, as if it had been killed
+    with them there. Returns (folder, exit code)."""
 
-    def run(files: dict[str, list[dict]], **flags):
+    def run(files: dict[str, list[dict]]):
         folder = tmp_path / "fed"
         folder.mkdir()
-        how = {
-            "data": str(pairs),
-            "eval_data": str(pairs),
-            "reward": "conftest:vowels",
-            **SHORT,
-            "log_every": 1,
-        }
         args = Args(
-            **{**how, "student": checkpoints["student"], "teacher": checkpoints["teacher"], **flags}
+            student=checkpoints["student"],
+            teacher=checkpoints["teacher"],
+            data=str(pairs),
+            eval_data=str(pairs),
+            reward="conftest:vowels",
+            log_every=1,
+            output_dir=str(folder),
+            **SHORT,
         )
-        (folder / "args.json").write_text(json.dumps({**vars(args), "output_dir": str(folder)}))
+        (folder / "args.json").write_text(json.dumps(asdict(args)))
         for name, rows in files.items():
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_jsonl(folder / f"{name}.jsonl", rows)
         return folder, run_script("rm_distiller", resume=folder)
 
     return run
 
 
-def test_what_is_dropped_is_counted_and_stages_may_come_from_elsewhere(pairs, feed, capsys):
-    """Eight rows: one unreadable score, one tie, one unreadable edit, one edit that changes nothing, one unreadable
-    score of an edit, one gain of exactly a point, one that the teacher orders the other way, and a plain one."""
-    rows = [{"id": row["id"], "prompt": row["prompt"]} for row in read_rows(str(pairs), "train")]
+def test_what_is_dropped_is_counted_and_stages_may_come_from_elsewhere(
+    pairs, rows_of_pairs, feed, capsys
+):
+    """Eight rows: one unreadable score, one tie, one unreadable edit, one edit that changes
+    nothing, one unreadable score of an edit, one gain of exactly a point, one that the teacher
+    orders the other way, and a plain one."""
     source = read_rows(str(pairs), "train")
-    first, second = [0, 5, 7, 7, 7, 7, 2, 8], [4, 5, 3, 3, 3, 3, 6, 3]
-    after = [9, 9, 9, 9, 0, 4, 9, 9]
+    chosen = [0, 5, 7, 7, 7, 7, 2, 8]
+    rejected = [4, 5, 3, 3, 3, 3, 6, 3]
+    refined = [9, 9, 9, 9, 0, 4, 9, 9]
     edits = ["", "", "", source[3]["rejected"], "x y", "x y", "x y", "x y"]
-    files = {
-        "teacher": [row | {"teacher": said("a teacher's answer")} for row in rows],
-        "score_chosen": [row | {"score_chosen": s} for row, s in zip(rows, first)],
-        "score_rejected": [
-            row | {"score_rejected": s} for row, s in zip(rows, second) if row is not rows[0]
-        ],
-        "refined": [
-            row | {"refined": e, "refined_reply": f"Edited: {e}"}
-            for row, e in list(zip(rows, edits))[2:]
-        ],
-        "score_refined": [row | {"score_refined": s} for row, s in list(zip(rows, after))[4:]],
-    }
-    folder, code = feed({name: made[::-1] for name, made in files.items()})
+    answer = sample("a teacher's answer")
+    files = {"teacher": [], "score_chosen": [], "score_rejected": [], "refined": []}
+    files["score_refined"] = []
+    for i, row in enumerate(rows_of_pairs):
+        files["teacher"].append({**row, "teacher": answer})
+        files["score_chosen"].append({**row, "score_chosen": chosen[i]})
+        if i >= 1:
+            files["score_rejected"].append({**row, "score_rejected": rejected[i]})
+        if i >= 2:
+            edit = {"refined": edits[i], "refined_reply": f"Edited: {edits[i]}"}
+            files["refined"].append({**row, **edit})
+        if i >= 4:
+            files["score_refined"].append({**row, "score_refined": refined[i]})
+    for rows in files.values():
+        rows.reverse()  # their order does not matter
+    folder, code = feed(files)
     out = capsys.readouterr().out
     assert code == 0
     assert table_of(out) == {
@@ -735,186 +960,215 @@ def test_what_is_dropped_is_counted_and_stages_may_come_from_elsewhere(pairs, fe
         "kept": 2,
     }
     kept = {row["id"]: row for row in read_jsonl(folder / "annotations.jsonl")}
-    turned = kept[rows[6]["id"]]
-    assert turned["rejected"] == source[6]["chosen"] and turned["chosen"] == source[6]["rejected"]
-    assert (turned["score_chosen"], turned["score_rejected"], turned["score_refined"]) == (6, 2, 9)
+    turned = kept[source[6]["id"]]
+    assert turned["rejected"] == source[6]["chosen"]
+    assert turned["chosen"] == source[6]["rejected"]
+    assert turned["score_chosen"] == 6
+    assert turned["score_rejected"] == 2
+    assert turned["score_refined"] == 9
     assert "-on -and" in out or "+x +y" in out
 
 
-def test_the_end_of_a_reply_tells_one_from_ten(pairs, checkpoints, feed):
-    """With a tokenizer that writes 10 in two tokens, and a teacher that is not sure of the end."""
-    rows = [{"id": row["id"], "prompt": row["prompt"]} for row in read_rows(str(pairs), "train")]
-    source = read_rows(str(pairs), "train")
-    files = {"teacher": [row | {"teacher": said("a teacher's answer")} for row in rows]}
-    files |= {
-        f"score_{name}": [row | {f"score_{name}": s} for row in rows] for name, s in PAIR_OF_SCORES
+def scores_of_a_pair(rows: list[dict], chosen: int, rejected: int) -> dict[str, list[dict]]:
+    """The two files of stage 2, with the same scores in every row."""
+    return {
+        "score_chosen": with_column(rows, score_chosen=chosen),
+        "score_rejected": with_column(rows, score_rejected=rejected),
     }
-    files["refined"] = [row | {"refined": "x y", "refined_reply": "Edited: x y"} for row in rows]
+
+
+def test_the_end_of_a_reply_tells_one_from_ten(pairs, rows_of_pairs, load, feed):
+    """With a tokenizer that writes 10 in two tokens, and a teacher that is not sure of the end."""
+    answer = sample("a teacher's answer")
+    files = {"teacher": with_column(rows_of_pairs, teacher=answer)}
+    files |= scores_of_a_pair(rows_of_pairs, chosen=7, rejected=1)
+    edit = {"refined": "x y", "refined_reply": "Edited: x y"}
+    files["refined"] = with_column(rows_of_pairs, **edit)
     folder, _ = feed(files)
-    lm, checked = LM(checkpoints["teacher"], CPU), 0
+    lm = load("teacher")
     assert len(lm.tokenizer("10").input_ids) > len(lm.tokenizer("1").input_ids)
-    for row, pair in zip(read_jsonl(folder / "score_refined.jsonl"), source):
-        asked = "\n".join(turn["content"] for turn in row["prompt"])
-        refine = REFINE.format(
-            asked=asked, teacher=said("a teacher's answer"), rejected=pair["rejected"]
-        )
-        reply = {"role": "assistant", "content": "Edited: x y"}
-        chat = [ask(refine), reply, ask(RESCORE.format(score_rejected=1))]
-        assert row["score_refined"] == pytest.approx(plain_scores(lm, chat, "{}"), abs=1e-3)
-        checked += 1
-    assert checked == 8
+    scored = read_jsonl(folder / "score_refined.jsonl")
+    assert len(scored) == 8
+    for row, pair in zip(scored, read_rows(str(pairs), "train"), strict=True):
+        prompt = "\n".join(turn["content"] for turn in row["prompt"])
+        known = {"teacher": answer, "rejected": pair["rejected"], "score_rejected": 1, **edit}
+        expected = plain_score(lm, rescore_chat(prompt, known), "{}")
+        assert row["score_refined"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_stage_of_other_data_is_refused(pairs, feed, capsys):
-    rows = [{"id": row["id"], "prompt": "another"} for row in read_rows(str(pairs), "train")]
-    _, code = feed({"teacher": [row | {"teacher": said("x")} for row in rows]})
-    assert code == 2 and "teacher.jsonl" in capsys.readouterr().err
+def test_a_stage_of_other_data_is_refused(rows_of_pairs, feed, capsys):
+    others = with_column(rows_of_pairs, prompt="another", teacher=sample("x"))
+    _, code = feed({"teacher": others})
+    assert code == 2
+    assert "teacher.jsonl" in capsys.readouterr().err
+
+
+def test_when_nothing_can_be_read_the_table_says_why(rows_of_pairs, feed, capsys):
+    files = {"teacher": with_column(rows_of_pairs, teacher=sample("x"))}
+    files["score_chosen"] = with_column(rows_of_pairs, score_chosen=0)
+    _, code = feed(files)
+    captured = capsys.readouterr()
+    assert code == 2
+    assert "no row left" in captured.err
+    assert table_of(captured.out)["unreadable"] == 8
+
+
+# Columns of files of stages, and the file that cannot be made or gone on with.
+INCOMPLETE = {
+    "a teacher's answer as text": ({"teacher": "text"}, {}, "refined.jsonl", "teacher"),
+    "an edit without its reply": ({}, {"refined": "x y"}, "score_refined.jsonl", "refined_reply"),
+    "no answer in it": ({"answer": "x"}, {}, "teacher.jsonl", "teacher"),
+    "no edit in it": ({}, {"edit": "x y"}, "refined.jsonl", "refined"),
+}
+
+
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_a_stage_without_what_later_ones_need_is_one_line(case, rows_of_pairs, feed, capsys):
+    answer, edit, file, column = INCOMPLETE[case]
+    answer = answer or {"teacher": sample("x")}
+    files = {"teacher": with_column(rows_of_pairs, **answer)}
+    files |= scores_of_a_pair(rows_of_pairs, chosen=7, rejected=3)
+    if edit:
+        files["refined"] = with_column(rows_of_pairs, **edit)
+    _, code = feed(files)
+    err = capsys.readouterr().err
+    assert code == 2
+    assert file in err and f"a column {column}," in err and "Traceback" not in err
+
+
+def test_a_stage_whose_scores_are_no_numbers_is_one_line(rows_of_pairs, feed, capsys):
+    files = {"teacher": with_column(rows_of_pairs, teacher=sample("x"))}
+    files["score_chosen"] = with_column(rows_of_pairs, score_chosen="8")
+    _, code = feed(files)
+    err = capsys.readouterr().err
+    assert code == 2
+    assert "score_chosen.jsonl" in err and "Traceback" not in err
+
+
+# -------------------------------------------------------------------------------- flags and files
+def flags_from_annotations(checkpoints, pairs, path: Path) -> dict:
+    return {
+        "student": checkpoints["student"],
+        "teacher": checkpoints["teacher"],
+        "annotations": path,
+        "eval_data": pairs,
+        "reward": "conftest:vowels",
+        **SHORT,
+    }
 
 
 @pytest.mark.parametrize("column", ["score_refined", "score_rejected", "teacher", "refined"])
-def test_annotations_without_a_column_are_one_line(
-    column, checkpoints, pairs, run_tiny, tmp_path, capsys
-):
+def test_annotations_without_a_column_are_one_line(column, checkpoints, pairs, tmp_path, capsys):
     path = annotations(tmp_path, pairs)
-    rows = [
-        {key: value for key, value in json.loads(line).items() if key != column}
-        for line in Path(path).read_text().splitlines()
-    ]
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    models = {role: checkpoints[role] for role in ("student", "teacher")}
-    flags = {"annotations": path, "eval_data": pairs, "reward": "conftest:vowels", **SHORT}
-    assert run_script("rm_distiller", **models, **flags, output_dir=tmp_path / "run") == 2
+    rows = read_jsonl(path)
+    for row in rows:
+        del row[column]
+    write_jsonl(path, rows)
+    flags = flags_from_annotations(checkpoints, pairs, path)
+    assert run_script("rm_distiller", **flags, output_dir=tmp_path / "run") == 2
     err = capsys.readouterr().err
     assert column in err and "Traceback" not in err
-    if (
-        column == "teacher"
-    ):  # which is needed for the generation terms only, and so is the teacher itself
-        flags |= {"teacher": "/no/teacher", "overwrite": True}
-        assert (
-            run_script(
-                "rm_distiller", **{**models, **flags}, kl_coef=0, output_dir=tmp_path / "run"
-            )
-            == 0
-        )
+    assert not (tmp_path / "run").exists()
+    if column == "teacher":
+        # It is needed for the generation terms only, and so is the teacher itself.
+        flags |= {"teacher": "/no/teacher", "kl_coef": 0}
+        assert run_script("rm_distiller", **flags, output_dir=tmp_path / "other") == 0
+
+
+@pytest.mark.parametrize("column", ["score_chosen", "chosen"])
+def test_plain_pairs_need_the_columns_of_plain_pairs(column, checkpoints, pairs, tmp_path, capsys):
+    path = annotations(tmp_path, pairs)
+    rows = read_jsonl(path)
+    for row in rows:
+        del row[column]
+    write_jsonl(path, rows)
+    flags = flags_from_annotations(checkpoints, pairs, path)
+    flags["output_dir"] = tmp_path / "run"
+    assert run_script("rm_distiller", **flags, **{"no-refine": True}) == 2
+    err = capsys.readouterr().err
+    assert column in err and "Traceback" not in err
 
 
 def test_nothing_is_trained_that_could_not_be_loaded(checkpoints, pairs, tmp_path, capsys):
-    """An architecture without a sequence classifier in transformers ends before the teacher is asked anything."""
-    shape = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    """An architecture without a sequence classifier in transformers ends before the teacher is
+    asked anything."""
     config = GraniteConfig(
-        **shape, num_attention_heads=4, num_key_value_heads=2, eos_token_id=5, pad_token_id=0
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=5,
+        pad_token_id=0,
     )
-    student = save(tmp_path / "granite", make_tokenizer(), GraniteForCausalLM(config))
-    flags = {
-        "teacher": checkpoints["teacher"],
-        "annotations": annotations(tmp_path, pairs),
-        "eval_data": pairs,
-    }
-    flags |= {
-        "reward": "conftest:vowels",
-        **SHORT,
-        "student": student,
-        "output_dir": tmp_path / "run",
-    }
-    assert run_script("rm_distiller", **flags) == 2
-    assert (
-        "granite has no classifier" in capsys.readouterr().err and not (tmp_path / "run").exists()
-    )
+    flags = flags_from_annotations(checkpoints, pairs, annotations(tmp_path, pairs))
+    flags["student"] = save(tmp_path / "granite", make_tokenizer(), GraniteForCausalLM(config))
+    assert run_script("rm_distiller", **flags, output_dir=tmp_path / "run") == 2
+    assert "granite has no classifier" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
-def test_overwrite_does_not_remove_the_annotations_that_it_reads(
-    checkpoints, pairs, tmp_path, capsys
-):
-    run = trained(checkpoints, pairs, tmp_path)
-    kept = (run / "annotations.jsonl").write_text(Path(annotations(tmp_path, pairs)).read_text())
-    models = {role: checkpoints[role] for role in ("student", "teacher")}
-    flags = {
-        "annotations": run / "annotations.jsonl",
-        "eval_data": pairs,
-        "reward": "conftest:vowels",
-        **SHORT,
-    }
-    assert run_script("rm_distiller", **models, **flags, output_dir=run, overwrite=True) == 2
-    assert (
-        "--annotations" in capsys.readouterr().err
-        and len((run / "annotations.jsonl").read_text()) == kept
-    )
+NUMERIC = [field.name for field in fields(Args) if field.type in (int, float)]
+
+
+@pytest.mark.parametrize("name", NUMERIC)
+def test_numbers_that_make_no_sense_are_one_line_before_anything_is_written(name, tmp_path, capsys):
+    values = ["-1"]
+    if isinstance(getattr(Args(), name), float):
+        values += ["nan", "inf"]
+    for value in values:
+        assert run_script("rm_distiller", **{name: value}, output_dir=tmp_path / "run") == 2
+        err = capsys.readouterr().err
+        assert f"--{name} {value}" in err and "Traceback" not in err
+        assert len(err.splitlines()) == 1
+        assert not (tmp_path / "run").exists()
 
 
 def test_columns_of_the_data_that_json_does_not_know_do_no_harm(tmp_path):
     import pyarrow
     from pyarrow.parquet import write_table
 
-    rows = [
-        json.loads(line) | {"written": datetime.datetime(2026, 1, 2)}
-        for line in few(tmp_path, 12).read_text().splitlines()
-    ]
+    rows = read_jsonl(few(tmp_path, 12))
+    for row in rows:
+        row["written"] = datetime.datetime(2026, 1, 2)
     write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
     flags = {"data": tmp_path / "train.parquet", **SHORT}
     assert run_script("rm_distiller", **flags, output_dir=tmp_path / "run") == 0
     assert "2026-01-02" in read_jsonl(tmp_path / "run" / "annotations.jsonl")[0]["written"]
 
 
-def test_when_nothing_can_be_read_the_table_says_why(pairs, feed, capsys):
-    rows = [{"id": row["id"], "prompt": row["prompt"]} for row in read_rows(str(pairs), "train")]
-    files = {"teacher": [row | {"teacher": said("x")} for row in rows]}
-    files["score_chosen"] = [row | {"score_chosen": 0} for row in rows]
-    _, code = feed(files)
-    captured = capsys.readouterr()
-    assert code == 2 and "no row left" in captured.err and table_of(captured.out)["unreadable"] == 8
-
-
-@pytest.mark.parametrize("teacher", ["text", None])
-def test_a_stage_without_what_later_ones_need_is_one_line(teacher, pairs, feed, capsys):
-    rows = [{"id": row["id"], "prompt": row["prompt"]} for row in read_rows(str(pairs), "train")]
-    files = {"teacher": [row | {"teacher": teacher or said("x")} for row in rows]}
-    files |= {
-        f"score_{name}": [row | {f"score_{name}": s} for row in rows]
-        for name, s in (("chosen", 7), ("rejected", 3))
-    }
-    if not teacher:
-        files["refined"] = [row | {"refined": "x y"} for row in rows]
-    _, code = feed(files)
-    err = capsys.readouterr().err
-    assert (
-        code == 2
-        and ("refined.jsonl" if teacher else "score_refined.jsonl") in err
-        and "Traceback" not in err
-    )
-
-
 def test_a_teacher_with_another_tokenizer_needs_the_kl_to_be_off(
     checkpoints, pairs, tmp_path, capsys
 ):
     tokenizer = make_tokenizer(vocab_size=330, text="Answer A is better than Answer B. " * 50)
-    other = save(tmp_path / "other", tokenizer, make_model(len(tokenizer), seed=7))
-    flags = {
-        "student": checkpoints["student"],
-        "teacher": other,
-        "annotations": annotations(tmp_path, pairs),
-    }
-    flags |= {"eval_data": pairs, "reward": "conftest:vowels", **SHORT, "max_response_tokens": 60}
-    assert run_script("rm_distiller", **flags, output_dir=tmp_path / "run") == 2
+    flags = flags_from_annotations(checkpoints, pairs, annotations(tmp_path, pairs))
+    flags["teacher"] = save(tmp_path / "other", tokenizer, make_model(len(tokenizer), seed=7))
+    flags |= {"max_response_tokens": 60, "output_dir": tmp_path / "run"}
+    assert run_script("rm_distiller", **flags) == 2
     assert "--kl_coef 0 --nll_coef 1" in capsys.readouterr().err
-    assert (
-        run_script("rm_distiller", **flags, kl_coef=0, nll_coef=1, output_dir=tmp_path / "run") == 0
-    )
-    assert read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["losses/nll"] > 1
+    assert run_script("rm_distiller", **flags, kl_coef=0, nll_coef=1) == 0
+    last = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert last["losses/nll"] > 1
+    assert "losses/kl" not in last
 
 
 def test_the_thoughts_of_a_reasoning_teacher_are_left_out(tmp_path, monkeypatch):
-    """A teacher that thinks aloud before every answer, here by a changed `sample`, gives the same annotations."""
-    plain, sample = tmp_path / "plain", LM.sample
+    """A teacher that thinks aloud before every answer, here by a changed `sample`, gives the same
+    annotations."""
     flags = {"data": few(tmp_path, 12), **SHORT, "score": "text", "sample_temperature": 0}
-    assert run_script("rm_distiller", **flags, output_dir=plain) == 0
+    assert run_script("rm_distiller", **flags, output_dir=tmp_path / "plain") == 0
+    plain_sample = LM.sample
 
-    def thinking(self, *args, **how):
-        thought = "<think>\nA: 1, B: 9. Edited: no\n</think>\n\n"
-        several = sample(self, *args, **how)
-        return [[one | {"text": thought + one["text"]} for one in some] for some in several]
+    def think_and_sample(self, *args, **keywords):
+        samples = plain_sample(self, *args, **keywords)
+        for responses in samples:
+            for response in responses:
+                thought = "<think>\nA: 1, B: 9. Edited: no\n</think>\n\n"
+                response["text"] = thought + response["text"]
+        return samples
 
-    monkeypatch.setattr(LM, "sample", thinking)
+    monkeypatch.setattr(LM, "sample", think_and_sample)
     assert run_script("rm_distiller", **flags, output_dir=tmp_path / "thinking") == 0
-    assert (plain / "annotations.jsonl").read_text() == (
-        tmp_path / "thinking" / "annotations.jsonl"
-    ).read_text()
+    plain = (tmp_path / "plain" / "annotations.jsonl").read_text()
+    assert (tmp_path / "thinking" / "annotations.jsonl").read_text() == plain

@@ -1,0 +1,448 @@
+r"""Baselines of the papers that no method's script computes: DPO, SimPO and reverse KL. They are
+for comparisons, not for use.
+
+π_θ is the student, π_ref the initial student, π_T the teacher, and (x, y_w, y_l) a preference pair:
+a prompt, its chosen and its rejected response.
+
+    --loss dpo         L = −log σ( β log[π_θ(y_w|x)/π_ref(y_w|x)] − β log[π_θ(y_l|x)/π_ref(y_l|x)] )
+                       (Rafailov et al., NeurIPS 2023, arXiv 2305.18290, equation 7)
+    --loss simpo       L = −log σ( (β/|y_w|) log π_θ(y_w|x) − (β/|y_l|) log π_θ(y_l|x) − γ )
+                       (Meng et al., NeurIPS 2024, arXiv 2405.14734, equation 6)
+    --loss reverse_kl  L = (1/|y|) Σ_t KL( π_θ(·|s_t) ‖ π_T(·|s_t) ), s_t = (x, y_<t)
+                       (the core of MiniLLM, Gu et al., ICLR 2024, arXiv 2306.08543, equation 1)
+
+In the last one y is a response that π_θ samples in this very step. The KL of a state is exact, a
+sum over the vocabulary. No gradient goes through the sampling of y, as in on-policy distillation
+(GKD, Agarwal et al., ICLR 2024, arXiv 2306.13649, algorithm 1 with λ = 1). Left out is what MiniLLM
+adds: the long-range part of the gradient, with its clipping and mixed sampling, and a
+language-model term.
+
+Stages: (1) training; (2) evaluation. DPO and SimPO use the teacher only in the evaluation.
+
+    python -m studies.baselines --loss dpo          # the playground: a CPU, less than a minute
+    python -m studies.baselines --loss dpo --student allenai/OLMo-2-0425-1B-SFT \
+        --teacher allenai/OLMo-2-1124-7B-DPO --data argilla/dpo-mix-7k \
+        --eval_data argilla/dpo-mix-7k --learning_rate 5e-7 --beta 0.1 --num_epochs 3 \
+        --batch_size 128 --micro_batch_size 4 --reward <reward model>               # one GPU
+
+Read part 2 of common.py for `pack` and `per_token`. `pack` lists the response tokens alone, each
+with the position before it, which predicts it. So no prompt token reaches a loss, and the shift is
+done. Frozen models run without gradient. What is sampled or scored goes through `cached_map` (part
+4), which calls function(rows, seed) and returns the rows with the results. Shapes: B examples, N
+response tokens, V vocabulary.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from tqdm import tqdm
+from transformers import get_cosine_schedule_with_warmup
+
+from common import (
+    LM,
+    Example,
+    Metrics,
+    cached_map,
+    check_flags,
+    choose_device,
+    compare_rewards,
+    encode_rows,
+    exit_in_one_line,
+    load_checkpoint,
+    load_reward_function,
+    mean_per_response,
+    mean_reward,
+    open_run,
+    pack,
+    per_token,
+    print_samples,
+    print_summary,
+    read_rows,
+    save_checkpoint,
+    save_flags,
+    save_model,
+    save_summary,
+    shared_vocab_size,
+    step_examples,
+    stop,
+    token_logps,
+)
+
+
+# -------------------------------------------------------------------------------------- mathematics
+def dpo_loss(
+    student_logps: torch.Tensor, reference_logps: torch.Tensor, beta: float
+) -> torch.Tensor:
+    """[B]: −log σ( β log[π_θ(y_w|x)/π_ref(y_w|x)] − β log[π_θ(y_l|x)/π_ref(y_l|x)] ).
+
+    The log-probs [2·B] are sums over the tokens of y_w and y_l, which take turns.
+
+    Example: a log-ratio of 1 on y_w and of −1 on y_l, with β = 0.5, gives −log σ(1) = 0.313.
+    """
+    rewards = beta * (student_logps - reference_logps)  # [2·B]
+    chosen_rewards, rejected_rewards = rewards.view(-1, 2).T  # [B] each
+    return -F.logsigmoid(chosen_rewards - rejected_rewards)
+
+
+def simpo_loss(mean_logps: torch.Tensor, beta: float, gamma: float) -> torch.Tensor:
+    """[B]: −log σ( (β/|y_w|) log π_θ(y_w|x) − (β/|y_l|) log π_θ(y_l|x) − γ ).
+
+    The log-probs [2·B] are means over the tokens of y_w and y_l, which take turns.
+
+    Example: means of −1 and −3, with β = 2 and γ = 0.5, give −log σ(3.5) = 0.030.
+    """
+    rewards = beta * mean_logps  # [2·B]
+    chosen_rewards, rejected_rewards = rewards.view(-1, 2).T  # [B] each
+    return -F.logsigmoid(chosen_rewards - rejected_rewards - gamma)
+
+
+def reverse_kl(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor) -> torch.Tensor:
+    """[N]: KL(π_θ(·|s) ‖ π_T(·|s)) = Σ_a π_θ(a|s) log [π_θ(a|s) / π_T(a|s)], from [N, V] twice.
+
+    Example: π_θ = (3/4, 1/4) and π_T = (1/2, 1/2) give ¾ log 1.5 + ¼ log 0.5 = 0.131.
+    """
+    log_ratios = student_log_probs - teacher_log_probs
+    # p log p is 0 at p = 0. Computed, it is NaN.
+    log_ratios = log_ratios.masked_fill(student_log_probs.isneginf(), 0.0)
+    return (student_log_probs.exp() * log_ratios).sum(-1)
+
+
+# What suits a loss on the playground, from seeds 101 to 103.
+DEFAULTS = {
+    "dpo": {"learning_rate": 1e-3, "beta": 1.0},
+    "simpo": {"learning_rate": 1e-4, "beta": 2.0},
+    "reverse_kl": {"learning_rate": 3e-3},
+}
+
+
+@dataclass
+class Args:
+    # method
+    loss: Literal["dpo", "simpo", "reverse_kl"] = "dpo"
+    """which baseline"""
+    beta: float = 0.0
+    """β of DPO and SimPO; 0 takes what suits --loss on the playground (DEFAULTS; papers: DPO 0.1,
+    SimPO 2.0 to 2.5)"""
+    simpo_gamma: float = 1.0
+    """γ, the margin that SimPO asks for (paper: 0.3 to 1.6)"""
+
+    # optimisation
+    learning_rate: float = 0.0
+    """of AdamW; 0 takes what suits --loss on the playground (DEFAULTS)"""
+    num_epochs: int = 4
+    """passes over the data"""
+    max_steps: int = 0
+    """optimiser steps; if not 0, it takes the place of --num_epochs"""
+    batch_size: int = 32
+    """examples of an optimiser step"""
+    micro_batch_size: int = 32
+    """examples of a forward pass; it changes memory, not the result"""
+    logits_chunk: int = 1024
+    """response tokens whose logits are in memory at a time"""
+    gradient_checkpointing: bool = False
+    """compute the student's activations again in the backward pass, to save memory"""
+    warmup_ratio: float = 0.1
+    """share of the steps in which the learning rate rises; after that a cosine brings it to 0"""
+    weight_decay: float = 0.0
+    """of AdamW"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    seed: int = 1
+    """seed of the data's order and of sampling"""
+
+    # models and data
+    student: str = "playground/student"
+    """model to train: a hub id or a folder"""
+    teacher: str = "playground/teacher"
+    """frozen teacher: a hub id or a folder"""
+    data: str = "playground/data/train.jsonl"
+    """training rows: a .jsonl, .json or .parquet file, a folder or a hub id"""
+    data_split: str = "train"
+    """split of --data, where it has several"""
+    max_prompt_tokens: int = 512
+    """rows with longer prompts are dropped and counted"""
+    max_response_tokens: int = 256
+    """rows with longer responses are dropped and counted; sampling stops there"""
+    sample_batch_size: int = 256
+    """responses sampled at a time"""
+    device: str = ""
+    """cpu, cuda, cuda:1, ... (a GPU where there is one, if empty)"""
+    trust_remote_code: bool = False
+    """run code that comes with a hub model"""
+
+    # evaluation and output
+    eval_data: str = "playground/data/test.jsonl"
+    """held-out rows, of which only the prompts are used"""
+    eval_split: str = "test"
+    """split of --eval_data, where it has several"""
+    reward: str = "playground.world:reward"
+    """what gives a response its reward: module:function (which is executed) or a reward model"""
+    eval_prompts: int = 256
+    """held-out prompts of an evaluation, with one response each"""
+    eval_temperature: float = 1.0
+    """temperature of these responses; 0 is greedy"""
+    eval_every: int = 50
+    """optimiser steps between evaluations"""
+    log_every: int = 10
+    """optimiser steps between lines of metrics.jsonl"""
+    save_every: int = 50
+    """optimiser steps between checkpoints"""
+    output_dir: str = ""
+    """folder of this run (runs/<script>__<seed>__<time>, if empty)"""
+    resume: str = ""
+    """folder of a run that was interrupted; it goes on with the flags it had"""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """where metrics go besides metrics.jsonl"""
+
+
+# --------------------------------------------------------------------------------------- terms of L
+def dpo_terms(
+    examples: list[Example], student: LM, reference: LM, vocab_size: int, args: Args
+) -> dict[str, torch.Tensor]:
+    """DPO's L as its only term, [B]. An example's responses are y_w and y_l."""
+    batch = pack(examples, student, reference)
+    student_hidden = student.hidden_states(batch)[batch.predict_index]  # [N, H]
+    reference_hidden = reference.hidden_states(batch)[batch.predict_index]  # [N, H]
+
+    def score_tokens(target_ids, student_log_probs, reference_log_probs):
+        student_logps = token_logps(target_ids, student_log_probs)  # [N]
+        reference_logps = token_logps(target_ids, reference_log_probs)  # [N]
+        return student_logps, reference_logps
+
+    student_logps, reference_logps = per_token(
+        score_tokens,
+        batch.target_ids,
+        [student, reference],
+        [student_hidden, reference_hidden],
+        vocab_size=vocab_size,
+        chunk_size=args.logits_chunk,
+    )
+    # log π(y|x) = Σ_t log π(y_t|s_t): the mean over the tokens times their number
+    student_logps = mean_per_response(student_logps, batch) * batch.lengths  # [2·B]
+    reference_logps = mean_per_response(reference_logps, batch) * batch.lengths  # [2·B]
+    # −log σ( β log[π_θ(y_w|x)/π_ref(y_w|x)] − β log[π_θ(y_l|x)/π_ref(y_l|x)] )
+    return {"dpo": dpo_loss(student_logps, reference_logps, args.beta)}
+
+
+def simpo_terms(
+    examples: list[Example], student: LM, vocab_size: int, args: Args
+) -> dict[str, torch.Tensor]:
+    """SimPO's L as its only term, [B]. An example's responses are y_w and y_l."""
+    batch = pack(examples, student)
+    logps = per_token(
+        token_logps,
+        batch.target_ids,
+        [student],
+        [student.hidden_states(batch)[batch.predict_index]],
+        vocab_size=vocab_size,
+        chunk_size=args.logits_chunk,
+    )
+    # (1/|y|) log π_θ(y|x) = (1/|y|) Σ_t log π_θ(y_t|s_t)
+    mean_logps = mean_per_response(logps, batch)  # [2·B]
+    # −log σ( (β/|y_w|) log π_θ(y_w|x) − (β/|y_l|) log π_θ(y_l|x) − γ )
+    return {"simpo": simpo_loss(mean_logps, args.beta, args.simpo_gamma)}
+
+
+def reverse_kl_terms(
+    examples: list[Example], student: LM, teacher: LM, vocab_size: int, args: Args
+) -> dict[str, torch.Tensor]:
+    """The reverse KL's L as its only term, [B]. An example's response is y."""
+    batch = pack(examples, student, teacher)
+    student_hidden = student.hidden_states(batch)[batch.predict_index]  # [N, H]
+    teacher_hidden = teacher.hidden_states(batch)[batch.predict_index]  # [N, H]
+
+    def kl_of_states(_, student_log_probs, teacher_log_probs):
+        return reverse_kl(student_log_probs, teacher_log_probs)  # [N]
+
+    kl = per_token(
+        kl_of_states,
+        batch.target_ids,
+        [student, teacher],
+        [student_hidden, teacher_hidden],
+        vocab_size=vocab_size,
+        chunk_size=args.logits_chunk,
+    )
+    # (1/|y|) Σ_t KL( π_θ(·|s_t) ‖ π_T(·|s_t) )
+    return {"reverse_kl": mean_per_response(kl, batch)}
+
+
+# --------------------------------------------------------------- models, sampling and evaluation
+def load_models(args: Args, device: torch.device) -> tuple[LM, LM, LM | None]:
+    """The student, the teacher, and for DPO the reference, which is the initial student."""
+    student = LM(
+        args.student,
+        device,
+        trainable=True,
+        gradient_checkpointing=args.gradient_checkpointing,
+        trust_remote_code=args.trust_remote_code,
+    )
+    teacher = LM(args.teacher, device, trust_remote_code=args.trust_remote_code)
+    if args.loss != "dpo":
+        return student, teacher, None
+    reference = LM(args.student, device, trust_remote_code=args.trust_remote_code)
+    return student, teacher, reference
+
+
+def respond(rows: list[dict], seed: int, lm: LM, temperature: float, args: Args) -> list[dict]:
+    """One response {"text", "finished"} of `lm` to the prompt of every row."""
+    samples = lm.sample(
+        [lm.prompt_ids(row["prompt"]) for row in rows],
+        temperature=temperature,
+        max_new_tokens=args.max_response_tokens,
+        batch_size=args.sample_batch_size,
+        seed=seed,
+    )
+    return [responses[0] for responses in samples]
+
+
+def sample_responses(examples: list[Example], seed: int, student: LM, args: Args) -> list[Example]:
+    """The same prompts, each with one response y that the student samples now.
+
+    A response that said nothing and did not end has no token, so its prompt is left out.
+    """
+    rows = [example.row for example in examples]
+    answered = []
+    for row, response in zip(rows, respond(rows, seed, student, 1.0, args)):
+        prompt_ids, [response_ids] = student.encode(row["prompt"], [response])
+        if response_ids:
+            answered.append(Example(row, prompt_ids, [response_ids]))
+    return answered
+
+
+def evaluate(rows: list[dict], seed: int, lm: LM, reward_fn, args: Args) -> list[dict]:
+    """One response of `lm` to the prompt of every row, with its "reward"."""
+    responses = respond(rows, seed, lm, args.eval_temperature, args)
+    prompts = [row["prompt"] for row in rows]
+    rewards = reward_fn(prompts, [response["text"] for response in responses])
+    return [{**response, "reward": reward} for response, reward in zip(responses, rewards)]
+
+
+# --------------------------------------------------------------------------------------------- main
+def main(args: Args):
+    started = time.time()
+    args, run_dir = open_run(args, args.loss)
+    check_flags(args, at_least_0=["beta", "simpo_gamma"])
+    for name, value in DEFAULTS[args.loss].items():
+        if getattr(args, name) == 0:
+            setattr(args, name, value)
+
+    # ------------------------------------------------------------------------------ models and data
+    device = choose_device(args.device)
+    student, teacher, reference = load_models(args, device)
+    vocab_size = student.vocab_size
+    if args.loss == "reverse_kl":
+        vocab_size = shared_vocab_size(student, teacher)
+    reward_fn = load_reward_function(args.reward, device, args.trust_remote_code)
+    # Reverse KL learns from responses of the student, so it reads nothing of the data but prompts.
+    columns = [] if args.loss == "reverse_kl" else ["chosen", "rejected"]
+    train_rows = read_rows(args.data, args.data_split, columns)
+    eval_rows = read_rows(args.eval_data, args.eval_split, columns=())
+    examples = encode_rows(student, train_rows, columns, args, "training rows")
+    held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")
+    eval_rows = [example.row for example in held_out[: args.eval_prompts]]
+    save_flags(run_dir, args)
+
+    # ------------------------------------------------------------------------ evaluation at step 0
+    # It comes before a checkpoint is read, so that "before" is the untrained student in every run.
+    def evaluate_once(lm: LM, name: str) -> list[dict]:
+        """Evaluates a model and keeps the responses in eval_<name>.jsonl."""
+        return cached_map(
+            run_dir / f"eval_{name}.jsonl",
+            eval_rows,
+            partial(evaluate, lm=lm, reward_fn=reward_fn, args=args),
+            args.sample_batch_size,
+            args.seed,
+        )
+
+    eval_before = evaluate_once(student, "before")
+    eval_teacher = evaluate_once(teacher, "teacher")
+
+    # ------------------------------------------------------------------------------------ optimiser
+    steps_per_epoch = math.ceil(len(examples) / args.batch_size)
+    total_steps = args.max_steps or args.num_epochs * steps_per_epoch
+    optimizer = torch.optim.AdamW(
+        student.model.parameters(), args.learning_rate, weight_decay=args.weight_decay
+    )
+    warmup_steps = math.ceil(args.warmup_ratio * total_steps)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps)
+    state = {"model": student.model, "optimizer": optimizer, "scheduler": scheduler}
+    counts = {"tokens": 0, "seconds": 0.0}  # of training so far, kept in the checkpoint
+    first_step = load_checkpoint(run_dir / "checkpoint.pt", counts, **state)
+    metrics = Metrics(run_dir, args, first_step)
+
+    # ------------------------------------------------------------------------------------- training
+    steps = range(first_step, total_steps)
+    for step in tqdm(steps, initial=first_step, total=total_steps, desc="training"):
+        step_started = time.time()
+        step_batch = step_examples(examples, step, args.batch_size, args.seed)
+        if args.loss == "reverse_kl":
+            step_batch = sample_responses(step_batch, args.seed + step, student, args)
+        losses = {"total": 0.0}
+        for start in range(0, len(step_batch), args.micro_batch_size):
+            micro_batch = step_batch[start : start + args.micro_batch_size]
+            if args.loss == "dpo":
+                terms = dpo_terms(micro_batch, student, reference, vocab_size, args)
+            elif args.loss == "simpo":
+                terms = simpo_terms(micro_batch, student, vocab_size, args)
+            else:
+                terms = reverse_kl_terms(micro_batch, student, teacher, vocab_size, args)
+            # Divided by the examples of the whole step, so that the micro-batch size changes
+            # memory and nothing else.
+            loss = terms[args.loss].sum() / len(step_batch)
+            loss.backward()
+            losses["total"] += loss.item()
+
+        grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), args.max_grad_norm)
+        if not math.isfinite(losses["total"]) or not math.isfinite(grad_norm):
+            row_ids = [example.row["id"] for example in step_batch]
+            numbers = f"loss {losses['total']}, gradient norm {grad_norm}"
+            stop(f"{numbers} in step {step} on rows {row_ids}")
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        for example in step_batch:
+            counts["tokens"] += sum(len(response) for response in example.response_ids)
+        counts["seconds"] += time.time() - step_started
+
+        # --------------------------------------------------------------- log, evaluate, checkpoint
+        done = step + 1
+        is_last = done == total_steps
+        values = {}
+        if done % args.log_every == 0 or is_last:
+            values["losses/total"] = losses["total"]
+            values["charts/learning_rate"] = scheduler.get_last_lr()[0]
+            values["charts/grad_norm"] = grad_norm.item()
+            values["charts/epoch"] = done / steps_per_epoch
+            values["charts/tokens"] = counts["tokens"]
+            values["charts/tokens_per_second"] = counts["tokens"] / counts["seconds"]
+        if is_last:
+            values["eval/reward"] = mean_reward(evaluate_once(student, "after"))
+        elif done % args.eval_every == 0:
+            values["eval/reward"] = mean_reward(
+                evaluate(eval_rows, args.seed, student, reward_fn, args)
+            )
+        if values:
+            metrics.log(done, values)
+        if done % args.save_every == 0 or is_last:
+            save_checkpoint(run_dir / "checkpoint.pt", done, counts, **state)
+
+    # -------------------------------------------------------------------------------------- results
+    eval_after = evaluate_once(student, "after")
+    save_model(student, run_dir / "model")
+    results = compare_rewards(eval_before, eval_after, eval_teacher)
+    results["seconds"] = time.time() - started
+    save_summary(run_dir, results, counts, args)
+    print_samples({"before": eval_before, "after": eval_after, "teacher": eval_teacher})
+    print_summary(run_dir, results)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    with exit_in_one_line(args):
+        main(args)

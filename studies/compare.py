@@ -1,0 +1,886 @@
+"""Every method and every baseline, several seeds, one report: `python -m studies.compare`.
+
+A run is a process that executes its real script, two at a time. A run that is finished is not made
+again, so a study that was interrupted goes on with the same command. Then docs/results.json gets
+every run's command, seed, summary and curves, and from that file alone come the tables (mean ±
+standard error, paired tests) between the `<!-- results:… -->` marks of README.md and docs/*.md,
+and the figures in docs/. The figures need matplotlib: `pip install -r studies/requirements.txt`.
+
+This file has six parts:
+
+    runs         the commands, and data files that are made from runs
+    execution    makes the runs, each after those that it needs
+    results      what docs/results.json keeps of a run
+    statistics   means, standard errors, a paired test
+    report       claims, tables, figures
+    main
+"""
+
+import importlib.util
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+from playground import world
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Args:
+    seeds: int = 5
+    """every run is made with this many seeds, from --first_seed on"""
+    first_seed: int = 1
+    """the first seed (tuning must not see the seeds that are reported)"""
+    quick: bool = False
+    """one seed, only the runs of the README's table, no report"""
+    output_dir: str = "runs/compare"
+    """where the runs go; finished ones in it are used as they are"""
+    at_once: int = 2
+    """runs at a time, one CPU core each"""
+    only: str = ""
+    """runs whose name matches this regular expression and what they need, no report"""
+
+
+# --------------------------------------------------------------------------------------------- runs
+# No answer of the playground has more than 32 tokens. Where a student comes to write without end,
+# the default limit of 256 takes minutes.
+SHORT = " --max_response_tokens 64"
+# SeqKD and KD learn the teacher's answers. As DPKD's, their learning rate was tuned on other seeds.
+TUNED = " --kl_rejected 0 --learning_rate 3e-3"
+# RM-Distiller's variants take the annotations of `rm`, so one annotation serves all.
+ANNOTATED = "rm_distiller.py --annotations {rm}/annotations.jsonl"
+# PAD's variants that differ only after the judgement take the answers and judgements of `pad`.
+SCORED = "pad.py --scores {pad}/scores_1.jsonl"
+
+# The command of every run, by its name. `{name}` is the folder of that run with the same seed, and
+# `{file:name}` is a data file that a function of DATA_FILES makes from that run. A run waits for
+# the runs that it names, and stands behind them.
+RUNS = {
+    # The ADPA paper: baselines, DCKD, ADPA.
+    "dpo_student": "-m studies.baselines --loss dpo",
+    "sft": "dckd.py --kl_chosen 0 --kl_rejected 0",
+    "vanilla_kd": "dckd.py --kl_rejected 0",
+    "dckd": "dckd.py",
+    "adpa": "adpa.py",
+    "adpa_plus": "adpa.py --student {dckd}/model",
+    "adpa_no_reference": "adpa.py --teacher_ref none",
+    "adpa_released_clip": "adpa.py --advantage_clip 1e-8 0.99999999",
+    "adpa_greedy": "adpa.py --sample_temperature 0",
+    "adpa_gamma_0.1": "adpa.py --gamma 0.1" + SHORT,
+    "adpa_gamma_2": "adpa.py --gamma 2" + SHORT,
+    "adpa_gamma_4": "adpa.py --gamma 4" + SHORT,
+    # The DPKD paper: baselines on all answers of the teacher (2,000), then on few (60) with equal
+    # data and steps.
+    "dpkd": "dpkd.py",
+    "dpkd_frozen": "dpkd.py --refresh_every 0",
+    "dpkd_summed": "dpkd.py --no-length_normalize",
+    "dpkd_beta_0.1": "dpkd.py --beta 0.1",
+    "dpkd_beta_2": "dpkd.py --beta 2",
+    "dpkd_released": "-m studies.released dpkd",
+    "seqkd": "dckd.py --data {teacher_answers:dpkd} --kl_chosen 0" + TUNED,
+    "kd": "dckd.py --data {teacher_answers:dpkd} --kl_chosen 1" + TUNED,
+    "reverse_kl": "-m studies.baselines --loss reverse_kl",
+    "dpkd_60": "dpkd.py --teacher_answers 60 --max_steps 252" + SHORT,
+    "seqkd_60": (
+        "dckd.py --data {teacher_answers:dpkd_60} --kl_chosen 0"
+        + TUNED
+        + " --max_steps 252"
+        + SHORT
+    ),
+    "kd_60": (
+        "dckd.py --data {teacher_answers:dpkd_60} --kl_chosen 1"
+        + TUNED
+        + " --max_steps 252"
+        + SHORT
+    ),
+    # The PAD paper.
+    "pad": "pad.py",
+    "pad_vpd": SCORED + " --loss vpd",
+    "pad_logp": SCORED + " --alpha 1",
+    "pad_judgement": SCORED + " --alpha 0",
+    "pad_half": SCORED + " --alpha 0.5",
+    "pad_beta_10": SCORED + " --beta 10",
+    "pad_2_answers": "pad.py --num_answers 2",
+    "pad_3_answers": "pad.py --num_answers 3",
+    "pad_2_rounds": "pad.py --rounds 2" + SHORT,
+    "pad_swapped": "pad.py --swap_order",
+    "pad_dpo": "-m studies.baselines --loss dpo --data {best_and_worst:pad}",
+    "pad_simpo": "-m studies.baselines --loss simpo --data {best_and_worst:pad}",
+    "pad_released": "-m studies.released pad --scores {pad}/scores_1.jsonl",
+    # The RM-Distiller paper.
+    "rm": "rm_distiller.py",
+    "rm_bt_plain": ANNOTATED + " --no-refine --no-margin --kl_coef 0",
+    "rm_margin_plain": ANNOTATED + " --no-refine --kl_coef 0",
+    "rm_bt_refined": ANNOTATED + " --no-margin --kl_coef 0",
+    "rm_margin_refined": ANNOTATED + " --kl_coef 0",
+    "rm_released": "-m studies.released rm_distiller --annotations {rm}/annotations.jsonl",
+}
+README_RUNS = ["dpo_student", "sft", "vanilla_kd", "dckd", "adpa", "adpa_plus", "pad", "dpkd"]
+PLACEHOLDER = re.compile(r"{(?:(\w+):)?(\w+)}")
+
+
+def needs(command: str) -> list[str]:
+    """The names of the runs that a command takes something from."""
+    return [name for _, name in PLACEHOLDER.findall(command)]
+
+
+def with_needs(names: list[str]) -> list[str]:
+    """The names and all that they need, in the order of RUNS."""
+    wanted = set(names)
+    # A run stands behind those that it needs, so one pass from the last to the first finds all.
+    for name in reversed(RUNS):
+        if name in wanted:
+            wanted.update(needs(RUNS[name]))
+    return [name for name in RUNS if name in wanted]
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def teacher_answers(run: Path) -> list[dict]:
+    """The answers that a DPKD run's teacher wrote, as pairs whose rejected side is not used."""
+    pairs = []
+    for row in read_jsonl(run / "teacher_answers.jsonl"):
+        if row["text"]:
+            pairs.append({"prompt": row["prompt"], "chosen": row["text"], "rejected": "-"})
+    return pairs
+
+
+def best_and_worst(run: Path) -> list[dict]:
+    """The best and the worst by the teacher's score of the answers that a PAD run learned from."""
+    pairs = []
+    for row in read_jsonl(run / "scores_1.jsonl"):
+        # pad.py drops the other prompts: of their answers the teacher likes all, or none.
+        if min(row["judgement"]) <= 0.5 < max(row["judgement"]):
+            texts = [answer["text"] for answer in row["answers"]]
+            ranked = sorted(zip(row["score"], texts))
+            _, worst = ranked[0]
+            _, best = ranked[-1]
+            pairs.append({"prompt": row["prompt"], "chosen": best, "rejected": worst})
+    return pairs
+
+
+DATA_FILES = {"teacher_answers": teacher_answers, "best_and_worst": best_and_worst}
+
+
+# ---------------------------------------------------------------------------------------- execution
+def run_folder(output_dir: Path, name: str, seed: int) -> Path:
+    return output_dir / f"{name}__{seed}"
+
+
+def complete_command(name: str, seed: int, output_dir: Path) -> str:
+    """The command of a run with its placeholders filled in. It writes the data files it names."""
+    run = run_folder(output_dir, name, seed)
+    command = RUNS[name]
+    for kind, source_name in PLACEHOLDER.findall(command):
+        source = run_folder(output_dir, source_name, seed)
+        if kind:
+            # The file is this run's own: others that need the same rows may be reading theirs now.
+            path = output_dir / f"{run.name}.{kind}.jsonl"
+            pairs = DATA_FILES[kind](source)
+            path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+            command = command.replace(f"{{{kind}:{source_name}}}", shlex.quote(str(path)))
+        else:
+            command = command.replace(f"{{{source_name}}}", shlex.quote(str(source)))
+    return f"{command} --seed {seed} --output_dir {shlex.quote(str(run))}"
+
+
+def is_finished(run: Path, log: Path, command: str) -> bool:
+    """Whether a run was made to its end with this command, which is the first line of its log."""
+    if not (run / "summary.json").exists() or not log.exists():
+        return False
+    return log.read_text().partition("\n")[0] == command
+
+
+def remove_run(run: Path, output_dir: Path):
+    """Removes a run that is to be made again. Any other folder is left, and the script refuses it:
+    a run lies in `output_dir` and holds the flags that its script wrote."""
+    if run.resolve().parent == output_dir.resolve() and (run / "args.json").exists():
+        shutil.rmtree(run)
+
+
+def execute(name: str, seed: int, output_dir: Path):
+    """Makes one run, unless it is finished. What it prints stands in <run>.log."""
+    run = run_folder(output_dir, name, seed)
+    # Not by with_suffix, which would take the end of "adpa_gamma_0.1__5" for a suffix.
+    log = output_dir / f"{run.name}.log"
+    command = complete_command(name, seed, output_dir)
+    if is_finished(run, log, command):
+        return
+    remove_run(run, output_dir)
+    with log.open("w") as file:
+        file.write(command + "\n")
+        file.flush()
+        process = subprocess.run(
+            [sys.executable, *shlex.split(command)],
+            cwd=ROOT,
+            # With more threads, two runs on two cores would wait for each other.
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    if process.returncode:
+        raise SystemExit(f"{name} with seed {seed} failed: see {log}")
+
+
+def first_ready(waiting: list[tuple], finished: set[tuple]) -> tuple[str, int] | None:
+    """The first waiting run (name, seed) whose needs are finished, if there is one."""
+    for name, seed in waiting:
+        if all((needed, seed) in finished for needed in needs(RUNS[name])):
+            return name, seed
+    return None
+
+
+def execute_all(names: list[str], seeds: range, output_dir: Path, at_once: int):
+    """Makes the runs of all names and seeds, `at_once` at a time, always the first that is ready.
+    The first run that fails ends all: no other is begun."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    waiting = []
+    for seed in seeds:
+        waiting += [(name, seed) for name in names]
+    running = {}  # the run of every future
+    finished = set()
+    progress = tqdm(total=len(waiting), desc="runs", smoothing=0.05)
+    with progress, ThreadPoolExecutor(at_once) as pool:
+        while waiting or running:
+            ready = first_ready(waiting, finished)
+            while ready is not None and len(running) < at_once:
+                waiting.remove(ready)
+                name, seed = ready
+                running[pool.submit(execute, name, seed, output_dir)] = ready
+                ready = first_ready(waiting, finished)
+            assert running, f"what these need is not among the names: {waiting}"
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()  # raises what ended a run that failed
+                finished.add(running.pop(future))
+                progress.update()
+
+
+# ------------------------------------------------------------------------------------------ results
+CURVES = ["eval/reward", "eval/logp_teacher_answers", "eval/logp_student_answers"]
+
+
+def collect(names: list[str], seeds: range, output_dir: Path) -> dict:
+    """What docs/results.json holds: {name: {"command", "runs": one entry a seed}}."""
+    results = {}
+    for name in names:
+        entries = []
+        for seed in seeds:
+            run = run_folder(output_dir, name, seed)
+            entry = {"seed": seed, **read_run(run)}
+            if name == "pad":
+                entry.update(score_quality(run))
+            entries.append(entry)
+        results[name] = {"command": f"python {RUNS[name]}", "runs": entries}
+    return results
+
+
+def read_run(run: Path) -> dict:
+    """The summary of a run, and its curves as points [step, tokens trained on, value]."""
+    entry = json.loads((run / "summary.json").read_text())
+    # A reward model's accuracy on each kind of pair is (share, standard error, count).
+    accuracies = entry.pop("accuracy", {})
+    for kind, (share, _, _) in accuracies.items():
+        entry[f"accuracy_after/{kind}"] = share
+
+    rows = read_jsonl(run / "metrics.jsonl")
+    entry["curves"] = {}
+    for key in CURVES:
+        points = []
+        for row in rows:
+            if key in row:
+                points.append([row["step"], row.get("charts/tokens", 0), row[key]])
+        if points:
+            entry["curves"][key] = points
+    return entry
+
+
+def score_quality(run: Path) -> dict[str, float]:
+    """How well a PAD run's teacher scores the answers of the untrained student to one prompt.
+
+    For each of its scores: the correlation with the oracle, the distance between the highest and
+    the lowest, and the oracle's reward of the answer with the highest. They are means over the
+    prompts whose answers are not all worth the same.
+    """
+    rows = read_jsonl(run / "scores_1.jsonl")
+    quality = {}
+    for name in ("average_logp", "judgement", "score"):
+        correlations = []
+        spreads = []
+        favourites = []
+        for row in rows:
+            texts = [answer["text"] for answer in row["answers"]]
+            rewards = world.reward([row["prompt"]] * len(texts), texts)
+            scores = row[name]
+            if name == "judgement":
+                scores = [math.log(probability) for probability in scores]  # s_mcq
+            if len(set(rewards)) > 1 and len(set(scores)) > 1:
+                correlations.append(statistics.correlation(scores, rewards))
+                spreads.append(max(scores) - min(scores))
+                favourites.append(rewards[scores.index(max(scores))])
+        quality[f"{name}/correlation"] = statistics.mean(correlations)
+        quality[f"{name}/spread"] = statistics.mean(spreads)
+        quality[f"{name}/favourite"] = statistics.mean(favourites)
+    return quality
+
+
+def values(results: dict, name: str, key: str = "reward_after") -> list[float]:
+    """One value a seed, in the seeds' order. The untrained "student" and the "teacher" are no runs:
+    every run measures them, and here they are read from ADPA's."""
+    if name == "student":
+        return values(results, "adpa", "reward_before")
+    if name == "teacher":
+        return values(results, "adpa", "reward_teacher")
+    return [run[key] for run in results[name]["runs"]]
+
+
+# --------------------------------------------------------------------------------------- statistics
+def standard_error(numbers: list[float]) -> float:
+    """Of the mean. It is 0 for a single number, which says nothing of it."""
+    if len(numbers) == 1:
+        return 0.0
+    return statistics.stdev(numbers) / len(numbers) ** 0.5
+
+
+def mean_and_error(numbers: list[float], digits: int = 3) -> str:
+    """Mean ± standard error over seeds; of a single seed the number alone."""
+    text = f"{statistics.mean(numbers):.{digits}f}"
+    if len(numbers) > 1:
+        text += f" ± {standard_error(numbers):.{digits}f}"
+    return text
+
+
+def sign_flip_test(differences: list[float]) -> float:
+    """One-sided p of paired differences, by the exact sign-flip test.
+
+    If there were no difference, every pattern of signs would be as likely as the one that was
+    measured. p is the share of the 2^n patterns whose sum is at least as large. With five seeds it
+    is never below 1/32.
+    """
+    patterns = list(itertools.product((1, -1), repeat=len(differences)))
+    at_least_as_large = 0
+    for signs in patterns:
+        flipped = [sign * difference for sign, difference in zip(signs, differences)]
+        # Equal sums may differ in their last digits.
+        if sum(flipped) >= sum(differences) - 1e-12:
+            at_least_as_large += 1
+    return at_least_as_large / len(patterns)
+
+
+def verdict(differences: list[float]) -> str:
+    """Whether the differences are above 0 at p ≤ 0.05, or below, or neither."""
+    if sign_flip_test(differences) <= 0.05:
+        return "yes"
+    if sign_flip_test([-difference for difference in differences]) <= 0.05:
+        return "no: the opposite"
+    return "not clearly"
+
+
+# --------------------------------------------------------------------------------- report: contents
+@dataclass
+class Claim:
+    """A method's paper or released code says that one run is better than another."""
+
+    method: str
+    text: str
+    better: str
+    worse: str
+    key: str = "reward_after"
+
+
+ACCURACY = "accuracy_after"
+# What the papers claim.
+CLAIMS = [
+    Claim("ADPA", "DPO hurts the small model", better="student", worse="dpo_student"),
+    Claim(
+        "ADPA",
+        "DCKD beats distillation on the chosen side only",
+        better="dckd",
+        worse="vanilla_kd",
+    ),
+    Claim("ADPA", "DCKD beats SFT", better="dckd", worse="sft"),
+    Claim("ADPA", "ADPA beats DCKD", better="adpa", worse="dckd"),
+    Claim("ADPA", "ADPA+ beats ADPA", better="adpa_plus", worse="adpa"),
+    Claim(
+        "ADPA",
+        "without the reference teacher ADPA falls",
+        better="adpa",
+        worse="adpa_no_reference",
+    ),
+    Claim("ADPA", "too large a γ over-optimises", better="adpa", worse="adpa_gamma_4"),
+    Claim("PAD", "PPD beats VPD", better="pad", worse="pad_vpd"),
+    Claim("PAD", "PAD beats pairwise training (DPO)", better="pad", worse="pad_dpo"),
+    Claim("PAD", "PAD beats pairwise training (SimPO)", better="pad", worse="pad_simpo"),
+    Claim(
+        "PAD",
+        "the calibrated reward beats the plain average log-prob",
+        better="pad",
+        worse="pad_logp",
+    ),
+    Claim("PAD", "more answers help (4 against 2)", better="pad", worse="pad_2_answers"),
+    Claim("PAD", "the student passes its teacher", better="pad", worse="teacher"),
+    Claim("DPKD", "DPKD beats SeqKD", better="dpkd", worse="seqkd"),
+    Claim("DPKD", "DPKD beats token-level distillation", better="dpkd", worse="kd"),
+    Claim("DPKD", "length normalisation matters", better="dpkd", worse="dpkd_summed"),
+    Claim(
+        "RM-Distiller",
+        "refinement adds (margin loss)",
+        better="rm_margin_refined",
+        worse="rm_margin_plain",
+        key=ACCURACY,
+    ),
+    Claim(
+        "RM-Distiller",
+        "scoring adds (refined pairs)",
+        better="rm_margin_refined",
+        worse="rm_bt_refined",
+        key=ACCURACY,
+    ),
+    Claim(
+        "RM-Distiller",
+        "generation adds",
+        better="rm",
+        worse="rm_margin_refined",
+        key=ACCURACY,
+    ),
+    Claim(
+        "RM-Distiller",
+        "the full method beats binary labels",
+        better="rm",
+        worse="rm_bt_plain",
+        key=ACCURACY,
+    ),
+    Claim(
+        "RM-Distiller",
+        "… also under best-of-n",
+        better="rm",
+        worse="rm_bt_plain",
+        key="best_of_n_reward",
+    ),
+]
+# What the released code does, which is worse if the method as it stands here is better.
+RELEASED = [
+    Claim(
+        "ADPA",
+        "clamps advantages to [1e-8, 1 − 1e-8]",
+        better="adpa",
+        worse="adpa_released_clip",
+    ),
+    Claim(
+        "PAD",
+        "swaps the divergence's arguments and mixes prompts",
+        better="pad",
+        worse="pad_released",
+    ),
+    Claim(
+        "DPKD",
+        "trains on argmax tokens of both models instead of samples",
+        better="dpkd",
+        worse="dpkd_released",
+    ),
+    Claim(
+        "RM-Distiller",
+        "takes the margin loss over a B × B table",
+        better="rm",
+        worse="rm_released",
+        key=ACCURACY,
+    ),
+]
+
+# Tables and figures have rows {label: run}.
+METHODS = {
+    "student, untrained": "student",
+    "DPO on the student": "dpo_student",
+    "SFT on chosen": "sft",
+    "vanilla distillation": "vanilla_kd",
+    "DCKD": "dckd",
+    "DPKD": "dpkd",
+    "PAD": "pad",
+    "ADPA": "adpa",
+    "ADPA+": "adpa_plus",
+    "teacher": "teacher",
+}
+TABLES = {  # the rows of every table of rewards, by page and mark
+    ("README.md", "readme"): METHODS,
+    ("docs/results.md", "methods"): METHODS,
+    ("docs/dckd.md", "dckd"): {
+        "student, untrained": "student",
+        "SFT on chosen (`--kl_chosen 0 --kl_rejected 0`)": "sft",
+        "vanilla distillation (`--kl_rejected 0`)": "vanilla_kd",
+        "DCKD": "dckd",
+        "teacher": "teacher",
+    },
+    ("docs/adpa.md", "adpa"): {
+        "student, untrained": "student",
+        "DPO on the student": "dpo_student",
+        "SFT on chosen": "sft",
+        "DCKD": "dckd",
+        "ADPA": "adpa",
+        "ADPA+": "adpa_plus",
+        "ADPA without reference (`--teacher_ref none`)": "adpa_no_reference",
+        "ADPA as released (`--advantage_clip 1e-8 0.99999999`)": "adpa_released_clip",
+        "ADPA on greedy ŷ (`--sample_temperature 0`)": "adpa_greedy",
+        "teacher": "teacher",
+    },
+    ("docs/adpa.md", "gamma"): {
+        "γ = 0.1": "adpa_gamma_0.1",
+        "γ = 0.7": "adpa",
+        "γ = 2": "adpa_gamma_2",
+        "γ = 4": "adpa_gamma_4",
+    },
+    ("docs/dpkd.md", "dpkd"): {
+        "student, untrained": "student",
+        "SeqKD: SFT on the teacher's answers": "seqkd",
+        "KD: forward KL on them": "kd",
+        "reverse KL on the student's samples": "reverse_kl",
+        "DPO on the student": "dpo_student",
+        "DPKD": "dpkd",
+        "teacher": "teacher",
+    },
+    ("docs/dpkd.md", "dpkd_settings"): {
+        "DPKD": "dpkd",
+        "`--beta 0.1`": "dpkd_beta_0.1",
+        "`--beta 2`": "dpkd_beta_2",
+        "`--no-length_normalize`": "dpkd_summed",
+        "`--refresh_every 0` (frozen y_s)": "dpkd_frozen",
+    },
+    ("docs/dpkd.md", "dpkd_few"): {"SeqKD": "seqkd_60", "KD": "kd_60", "DPKD": "dpkd_60"},
+    ("docs/pad.md", "pad"): {
+        "student, untrained": "student",
+        "PAD (PPD)": "pad",
+        "`--loss vpd`": "pad_vpd",
+        "`--alpha 1` (average log-prob alone)": "pad_logp",
+        "`--alpha 0.5`": "pad_half",
+        "`--alpha 0` (judgement alone)": "pad_judgement",
+        "`--beta 10`": "pad_beta_10",
+        "`--num_answers 2`": "pad_2_answers",
+        "`--num_answers 3`": "pad_3_answers",
+        "`--rounds 2`": "pad_2_rounds",
+        "`--swap_order`": "pad_swapped",
+        "DPO on best against worst": "pad_dpo",
+        "SimPO on best against worst": "pad_simpo",
+        "teacher": "teacher",
+    },
+}
+REWARD_MODELS = {
+    "Bradley-Terry, plain labels": "rm_bt_plain",
+    "margin loss, plain labels": "rm_margin_plain",
+    "Bradley-Terry, refined pairs": "rm_bt_refined",
+    "margin loss, refined pairs": "rm_margin_refined",
+    "full method": "rm",
+    "full method, released B × B margin": "rm_released",
+}
+PAIR_KINDS = ["easy", "hard", "shifted"]
+PAIR_ACCURACIES = [f"accuracy_after/{kind}" for kind in PAIR_KINDS]
+
+
+# ----------------------------------------------------------------------------------- report: tables
+def report(results: dict, root: Path):
+    """Everything that is written from docs/results.json: tables between marks, figures."""
+    docs = root / "docs"
+    replace_block(docs / "results.md", "setting", setting(results))
+    for (page, mark), rows in TABLES.items():
+        replace_block(root / page, mark, reward_table(results, rows))
+    header = ["method", "claim", "does it show here?", "numbers", "difference", "p"]
+    replace_block(docs / "results.md", "claims", claim_table(results, CLAIMS, header))
+    header = ["method", "the released code", "is it worse here?", "numbers", "difference", "p"]
+    replace_block(docs / "results.md", "released", claim_table(results, RELEASED, header))
+    replace_block(docs / "rm_distiller.md", "rm", reward_model_table(results))
+    replace_block(docs / "pad.md", "pad_correlations", score_quality_table(results))
+    draw_figures(results, docs)
+
+
+def replace_block(path: Path, mark: str, text: str):
+    """Puts text between the marks `<!-- results:mark -->` and `<!-- /results -->` of a page."""
+    before, begin, rest = path.read_text().partition(f"<!-- results:{mark} -->\n")
+    _, end, after = rest.partition("<!-- /results -->")
+    if not end:
+        raise SystemExit(f"{path} has no mark results:{mark}")
+    path.write_text(f"{before}{begin}{text}\n{end}{after}")
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table. Its cells are texts."""
+    lines = []
+    for cells in [header, ["---"] * len(header), *rows]:
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def setting(results: dict) -> str:
+    """How many runs there are, and with what they were made."""
+    runs = []
+    for entry in results.values():
+        runs += entry["runs"]
+    first = min(run["seed"] for run in runs)
+    last = max(run["seed"] for run in runs)
+    versions = f"torch {runs[0]['torch']}, transformers {runs[0]['transformers']}"
+    return f"{len(runs)} runs, seeds {first} to {last}, {versions}, {runs[0]['device']}."
+
+
+def reward_table(results: dict, rows: dict[str, str]) -> str:
+    """Reward, win rate against the untrained student, and median seconds of the whole run."""
+    lines = []
+    for label, name in rows.items():
+        win_rate = ""
+        seconds = ""
+        if name not in ("student", "teacher"):
+            win_rate = mean_and_error(values(results, name, "win_rate"), digits=2)
+            seconds = f"{statistics.median(values(results, name, 'seconds')):.0f}"
+        lines.append([label, mean_and_error(values(results, name)), win_rate, seconds])
+    return markdown(["", "oracle reward", "win rate", "seconds"], lines)
+
+
+def claim_table(results: dict, claims: list[Claim], header: list[str]) -> str:
+    """What each claim measures, and whether it shows."""
+    lines = []
+    for claim in claims:
+        better = values(results, claim.better, claim.key)
+        worse = values(results, claim.worse, claim.key)
+        differences = [one - other for one, other in zip(better, worse)]
+        line = [
+            claim.method,
+            claim.text,
+            verdict(differences),
+            f"{mean_and_error(better)} against {mean_and_error(worse)}",
+            f"{statistics.mean(differences):+.3f}",
+            f"{sign_flip_test(differences):.3f}",
+        ]
+        lines.append(line)
+    return markdown(header, lines)
+
+
+def reward_model_table(results: dict) -> str:
+    """Accuracy of each reward model on all pairs and on each kind, and its reward of best-of-n."""
+    lines = []
+    for label, name in REWARD_MODELS.items():
+        line = [label]
+        for key in [ACCURACY, *PAIR_ACCURACIES, "best_of_n_reward"]:
+            line.append(mean_and_error(values(results, name, key)))
+        lines.append(line)
+    return markdown(["", "accuracy, all pairs", *PAIR_KINDS, "reward of best of 8"], lines)
+
+
+def score_quality_table(results: dict) -> str:
+    """How well PAD's teacher scores, by each part of its score and by the whole."""
+    labels = {
+        "average log-prob (α = 1)": "average_logp",
+        "judgement s_mcq (α = 0)": "judgement",
+        "score (α = 0.9)": "score",
+    }
+    lines = []
+    for label, name in labels.items():
+        correlations = values(results, "pad", f"{name}/correlation")
+        spreads = values(results, "pad", f"{name}/spread")
+        favourites = values(results, "pad", f"{name}/favourite")
+        line = [
+            label,
+            mean_and_error(correlations),
+            mean_and_error(spreads, digits=2),
+            mean_and_error(favourites),
+        ]
+        lines.append(line)
+    header = [
+        "teacher's score",
+        "correlation with the oracle",
+        "best minus worst, nats per token",
+        "oracle reward of its favourite",
+    ]
+    return markdown(header, lines)
+
+
+# ---------------------------------------------------------------------------------- report: figures
+def draw_figures(results: dict, docs: Path):
+    """One message each."""
+    reward = "oracle reward of sampled answers"
+
+    with figure(
+        docs / "rm_accuracy.svg",
+        title="Accuracy on held-out pairs",
+        xlabel="share of pairs ordered right",
+    ) as axes:
+        draw_intervals_of_keys(axes, results, REWARD_MODELS, PAIR_ACCURACIES)
+
+    seed_count = len(results["adpa"]["runs"])
+    seeds = "1 seed" if seed_count == 1 else f"{seed_count} seeds"
+    title = f"Reward after distillation, {seeds}"
+    with figure(docs / "rewards.svg", title=title, xlabel=reward) as axes:
+        draw_intervals(axes, results, METHODS)
+
+    with figure(
+        docs / "efficiency.svg",
+        title="Sample efficiency",
+        xlabel="response tokens trained on, thousands",
+        ylabel=reward,
+    ) as axes:
+        trained = {label: name for label, name in METHODS.items() if name in results}
+        draw_curves(axes, results, trained, "eval/reward", over="thousand tokens")
+
+    with figure(
+        docs / "gamma.svg", title="Too large a γ over-optimises", xlabel="γ", ylabel=reward
+    ) as axes:
+        gammas = {0.1: "adpa_gamma_0.1", 0.7: "adpa", 2: "adpa_gamma_2", 4: "adpa_gamma_4"}
+        axes.set_xscale("log")
+        draw_sweep(axes, results, gammas)
+
+    with figure(
+        docs / "dpkd_frozen.svg",
+        title="DPKD pushes y_s down without end if they are old",
+        xlabel="step",
+        ylabel="log q per token, untrained student's answers",
+    ) as axes:
+        rows = {"sampled anew every 4 steps": "dpkd", "of the untrained student": "dpkd_frozen"}
+        draw_curves(axes, results, rows, "eval/logp_student_answers", over="steps")
+
+    with figure(
+        docs / "pad_n.svg",
+        title="PAD over the number of answers",
+        xlabel="answers of a prompt",
+        ylabel=reward,
+    ) as axes:
+        answers = {2: "pad_2_answers", 3: "pad_3_answers", 4: "pad"}
+        draw_sweep(axes, results, answers)
+
+
+@contextmanager
+def figure(path: Path, *, title: str, xlabel: str, ylabel: str = ""):
+    """Axes to draw on, which become an SVG on white: legible on dark and light pages, and the same
+    bytes for the same results."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "prefdistill"
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    matplotlib.rcParams["axes.spines.right"] = False
+    matplotlib.rcParams["axes.spines.top"] = False
+    matplotlib.rcParams["axes.grid"] = True
+    matplotlib.rcParams["grid.alpha"] = 0.3
+    matplotlib.rcParams["legend.frameon"] = False
+
+    canvas, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    yield axes
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    canvas.savefig(path, metadata={"Date": None}, facecolor="white")
+    pyplot.close(canvas)
+
+
+def mean_reward(results: dict, name: str) -> float:
+    return statistics.mean(values(results, name))
+
+
+def draw_intervals(axes, results: dict, rows: dict[str, str]):
+    """A dot and ± one standard error for each run, best at the top; every seed as a faint dot."""
+    ordered = sorted(rows.items(), key=lambda row: mean_reward(results, row[1]))
+    for height, (_, name) in enumerate(ordered):
+        numbers = values(results, name)
+        error = standard_error(numbers)
+        mean = statistics.mean(numbers)
+        axes.plot(numbers, [height] * len(numbers), ".", color="C0", alpha=0.3)
+        axes.errorbar(mean, height, xerr=error, fmt="o", color="C0", capsize=3)
+    axes.set_yticks(range(len(ordered)), [label for label, _ in ordered])
+
+
+def draw_intervals_of_keys(axes, results: dict, rows: dict[str, str], keys: list[str]):
+    """A dot and ± one standard error for each run and each of several values, the first run at the
+    top. A value is named after the last part of its key."""
+    labels = list(reversed(rows))
+    for color, key in enumerate(keys):
+        for height, label in enumerate(labels):
+            numbers = values(results, rows[label], key)
+            axes.errorbar(
+                statistics.mean(numbers),
+                height + 0.2 * (1 - color),
+                xerr=standard_error(numbers),
+                fmt="o",
+                color=f"C{color}",
+                label=key.rpartition("/")[2] if height == 0 else None,
+            )
+    axes.set_yticks(range(len(labels)), labels)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def draw_curves(axes, results: dict, rows: dict[str, str], key: str, over: str):
+    """A metric's mean over seeds ± one standard error, over "steps" or over "thousand tokens"."""
+    for color, (label, name) in enumerate(rows.items()):
+        curves = [run["curves"][key] for run in results[name]["runs"]]
+        x = []
+        means = []
+        low = []
+        high = []
+        for points in zip(*curves):  # of one moment: [step, tokens, value] of every seed
+            if over == "steps":
+                x.append(statistics.mean(point[0] for point in points))
+            else:
+                x.append(statistics.mean(point[1] for point in points) * 1e-3)
+            numbers = [point[2] for point in points]
+            mean = statistics.mean(numbers)
+            error = standard_error(numbers)
+            means.append(mean)
+            low.append(mean - error)
+            high.append(mean + error)
+        axes.plot(x, means, color=f"C{color}", label=label)
+        axes.fill_between(x, low, high, color=f"C{color}", alpha=0.2)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def draw_sweep(axes, results: dict, runs: dict[float, str]):
+    """Reward ± one standard error over a setting, from {setting: run}, with ticks at these."""
+    means = [mean_reward(results, name) for name in runs.values()]
+    errors = [standard_error(values(results, name)) for name in runs.values()]
+    axes.errorbar(list(runs), means, yerr=errors, fmt="o-", capsize=3)
+    axes.set_xticks(list(runs), [f"{setting:g}" for setting in runs])
+
+
+# --------------------------------------------------------------------------------------------- main
+def main(args: Args):
+    output_dir = ROOT / args.output_dir
+    makes_report = not args.quick and not args.only
+    if makes_report and importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("figures need matplotlib: pip install -r studies/requirements.txt")
+    seed_count = 1 if args.quick else args.seeds
+    seeds = range(args.first_seed, args.first_seed + seed_count)
+    names = README_RUNS
+    if not args.quick:
+        names = [name for name in RUNS if re.search(args.only, name)]
+    names = with_needs(names)
+
+    execute_all(names, seeds, output_dir, args.at_once)
+    results = collect(names, seeds, output_dir)
+    if makes_report:
+        text = json.dumps(results, indent=1, sort_keys=True)
+        (ROOT / "docs/results.json").write_text(text + "\n")
+        report(results, ROOT)
+    else:
+        print("README.md and docs/ are left as they are: --quick and --only make no report")
+    for name in names:
+        is_reward_model = "accuracy_after" in results[name]["runs"][0]
+        key = "accuracy_after" if is_reward_model else "reward_after"
+        print(f"{name:<24}{mean_and_error(values(results, name, key))}")
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        advice = "finished runs are kept, and the same command goes on"
+        raise SystemExit(f"interrupted; {advice}") from None
