@@ -233,6 +233,7 @@ def deadly(prompts, responses) -> list[float]:
     return vowels(prompts, responses)
 
 
+@pytest.mark.slow
 @every_loss
 def test_r36_an_interrupted_run_ends_with_the_same_bits(loss, checkpoints, pairs, tmp_path):
     flags = {
@@ -286,6 +287,7 @@ def test_a_run_that_cannot_start_leaves_other_runs_alone(run_tiny, tmp_path, cap
         assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 @every_loss
 def test_r33_a_loss_that_is_not_finite_ends_the_run(loss, pairs, tmp_path, capsys):
     run = tmp_path / "run"
@@ -323,6 +325,7 @@ def test_flags_that_it_shares_with_the_scripts_have_not_drifted():
             assert entry == expected[name], f"--{name} is not what it is in adpa.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss, rises", [("dpo", 0.05), ("reverse_kl", 0.15)])
 def test_a_short_run_improves_the_student(loss, rises, tmp_path):
     run = tmp_path / "run"

@@ -37,6 +37,8 @@ def check_case(case: dict):
     assert 0 < ways["prefdistill"]["flops"] < ways["padded"]["flops"]
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("benchmarks")
 def test_step(output):
     step.main(step.Args(quick=True, repeats=2, output=str(output)))
     result = json.loads(output.read_text())["step"]
@@ -64,6 +66,8 @@ def test_a_wrong_loss_stops_the_benchmark(output, monkeypatch):
         step.main(step.Args(quick=True, repeats=1, only="vocabulary", output=str(output)))
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("benchmarks")
 def test_sampling(output):
     sampling.main(sampling.Args(quick=True, output=str(output)))
     results = json.loads(output.read_text())
@@ -74,6 +78,8 @@ def test_sampling(output):
     assert "step" in results  # one file holds all results
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("benchmarks")
 def test_ideas(output):
     ideas.main(ideas.Args(quick=True, output=str(output)))
     result = json.loads(output.read_text())["ideas"]

@@ -120,6 +120,7 @@ def run_python(*words: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "room, cut_file",
     [

@@ -211,6 +211,7 @@ def start_chat(*words: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_a_piped_session_in_a_process_of_its_own():
     """Bytes that are no text do no harm, and nothing is written to stderr."""
     typed = f"{QUESTION}\n\xff Gr\u00f6\u00dfe\n".encode("latin-1")
@@ -221,6 +222,7 @@ def test_a_piped_session_in_a_process_of_its_own():
     assert sampled_response(STUDENT, temperature=0.0) in lines
 
 
+@pytest.mark.slow
 def test_a_real_ctrl_c_ends_it_with_exit_code_0():
     process = start_chat("playground/student")
     shown = b""

@@ -633,6 +633,7 @@ def test_r46_a_corpus_that_cannot_be_read_is_one_line(load, tmp_path, capfd, cas
     assert line.startswith("error: ") and name in line
 
 
+@pytest.mark.slow
 # ------------------------------------------------------------------------------------- the collapse
 @pytest.mark.parametrize("refresh_every", [0, 1])
 def test_old_student_answers_collapse_and_fresh_ones_do_not(refresh_every, tmp_path, capsys):

@@ -84,6 +84,7 @@ def test_a_reward_function_that_raises_shows_its_own_file_and_line(tmp_path):
     assert f"of {tmp_path}/run/eval_before.jsonl" in err
 
 
+@pytest.mark.slow
 def test_a_reward_module_that_cannot_be_imported_keeps_its_traceback(tmp_path):
     code, _, err = run_with_reward(NEEDS_A_PACKAGE, tmp_path)
 
@@ -93,6 +94,7 @@ def test_a_reward_module_that_cannot_be_imported_keeps_its_traceback(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_reward_module_that_does_not_exist_is_one_line(tmp_path):
     flags = few_rows(tmp_path, reward="no_such_module:reward")
 
@@ -140,6 +142,7 @@ INTERRUPTED = {  # a file, and how many lines it has when Ctrl-C is pressed: som
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", INTERRUPTED)
 def test_ctrl_c_ends_with_one_line_and_the_resumed_run_completes(stage, tmp_path, ctrl_c_is_heard):
     file, lines, all_lines = INTERRUPTED[stage]
@@ -174,6 +177,7 @@ time.sleep(100)
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_the_run_has_a_folder_says_that_nothing_was_written(
     tmp_path, ctrl_c_is_heard
 ):
@@ -256,6 +260,7 @@ OWN_FLAGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_script_warns_of_anything(script, tmp_path):
     flags = {**ALL_PATHS, **OWN_FLAGS.get(script, {})}
@@ -280,6 +285,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_every_script_imports_without_resource_and_fork():
     code, out, err = run_python("-c", WITHOUT_POSIX, *SCRIPTS, PYTHONPATH=str(ROOT))
 

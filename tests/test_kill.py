@@ -94,6 +94,7 @@ def kill_often(script: str, kills: int, folder: Path, seed: int):
     assert weights[0] == weights[1], seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_r36_two_kills(script, tmp_path):
     kill_often(script, 2, tmp_path, seed=1)

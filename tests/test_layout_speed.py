@@ -50,6 +50,7 @@ def timed_step(averages, lm: LM, examples, vocab_size: int) -> tuple[float, floa
     return seconds, loss.item(), [parameter.grad.clone() for parameter in lm.model.parameters()]
 
 
+@pytest.mark.slow
 def test_a_packed_step_is_twice_as_fast_as_a_padded_row_per_response(tmp_path):
     vocab_size = 49_152
     model = make_model(vocab_size, width=128, layers=4, initializer_range=0.1)

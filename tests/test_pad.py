@@ -943,6 +943,7 @@ def share_kept(scores: list[dict], prompts: int) -> float:
     return len(kept) / prompts
 
 
+@pytest.mark.slow
 def test_r36_rounds_and_runs_that_are_killed_in_every_stage_of_them(tmp_path):
     lines = (ROOT / "playground/data/train.jsonl").read_text().splitlines(keepends=True)[:64]
     (tmp_path / "data.jsonl").write_text("".join(lines))

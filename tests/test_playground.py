@@ -380,6 +380,7 @@ def build_tiny(folder: Path) -> dict[str, bytes]:
     return files
 
 
+@pytest.mark.slow
 def test_the_same_seed_builds_the_same_bytes(tmp_path, monkeypatch):
     # A few steps of a small model pass through all of the code.
     monkeypatch.setattr(build, "TEACHER", build.STUDENT)

@@ -205,7 +205,8 @@ def test_the_second_command_installs_the_test_extras_and_is_what_ci_runs():
 
 
 def test_pytest_leaves_out_the_slow_tests_and_the_readme_says_so():
-    assert """addopts = "-m 'not slow'\"""" in (ROOT / "pyproject.toml").read_text()
+    assert "-m 'not slow'" in (ROOT / "pyproject.toml").read_text()
+    assert "pytest -m slow" in (ROOT / ".ci/run").read_text()
     assert "`pytest -m slow`" in README
 
 

@@ -351,6 +351,7 @@ def test_every_run_has_a_log_of_its_own_and_folders_may_have_spaces(tmp_path, co
     assert commands[1] == [sys.executable, "a.py", *flags]
 
 
+@pytest.mark.slow
 def test_a_run_is_what_its_command_does_and_is_not_made_again(tmp_path, monkeypatch):
     flags = "--data playground/data/test.jsonl --max_steps 2 --eval_prompts 4"
     runs = {

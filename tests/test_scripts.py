@@ -72,7 +72,10 @@ OTHER_RESULTS = {"rm_distiller": {"accuracy_before", "accuracy_after", "best_of_
 MEASURED = {"seconds", "tokens_per_second", "seed", "device"}
 VERSIONS = {"torch", "transformers", "datasets", "tyro"}
 
-every_script = pytest.mark.parametrize("script", SCRIPTS)
+# The tests of a script run in one process, so that they share its whole run.
+every_script = pytest.mark.parametrize(
+    "script", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SCRIPTS]
+)
 
 
 def run_of(script: str) -> Run:
@@ -496,6 +499,7 @@ def test_r33_a_gradient_that_is_not_finite_ends_the_run_as_well(script, flag, tm
     assert "step 0" in error_line(capsys)
 
 
+@pytest.mark.slow
 # -------------------------------------------------------------------------------- scale of the loss
 @every_script
 def test_r20_r22_r23_the_split_of_a_batch_changes_nothing(script, tmp_path):
@@ -554,6 +558,7 @@ def test_r21_a_ragged_last_batch_counts_every_example_once(script, tmp_path):
     assert rows[4][2]["charts/tokens"] == rows[10][0]["charts/tokens"]
 
 
+@pytest.mark.slow
 # ----------------------------------------------------------------------------- r27, r28: the models
 @every_script
 def test_r27_r28_teachers_stay_frozen_and_dropout_stays_off(script, tmp_path, monkeypatch):
@@ -594,6 +599,7 @@ def test_r27_r28_teachers_stay_frozen_and_dropout_stays_off(script, tmp_path, mo
     assert_same_metrics(tmp_path / "plain", tmp_path / "checkpointed", rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 @every_script
 def test_a_row_per_response_gives_the_same_losses(script, tmp_path, monkeypatch):
     """What an architecture without our mask gets: the layout is a matter of speed."""
@@ -611,6 +617,7 @@ def test_a_row_per_response_gives_the_same_losses(script, tmp_path, monkeypatch)
     assert_same_metrics(tmp_path / "shared", tmp_path / "alone", rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 # ----------------------------------------------------------------------------------------- tracking
 @every_script
 def test_tensorboard_shows_the_metrics(script, tmp_path):
