@@ -39,9 +39,9 @@ from playground.world import (
     Request,
     Verdict,
     all_requests,
+    assess,
     edit,
     explain,
-    judge,
     score,
     write,
 )
@@ -149,7 +149,7 @@ def preference(request: Request, rng: random.Random) -> dict | None:
     is chosen with probability σ(gap / NOISE). None if the two wrote the same."""
     a = write_as_in_the_data(request, rng)
     b = write_as_in_the_data(request, rng)
-    gap = judge(request, a).reward - judge(request, b).reward
+    gap = assess(request, a).reward - assess(request, b).reward
     a_is_chosen = rng.random() <= torch.sigmoid(torch.tensor(gap / NOISE)).item()
     if a == b:
         return None
@@ -224,13 +224,13 @@ def any_answer(request: Request, rng: random.Random) -> str:
 
 def reward_score(request: Request, answer: str) -> int:
     """The score from 1 to 10 that the exact reward of an answer amounts to."""
-    return score(judge(request, answer).reward)
+    return score(assess(request, answer).reward)
 
 
 def checking(request: Request, rng: random.Random) -> list[Turn]:
     """Every word of an answer with its fault, or with "right"."""
     answer = any_answer(request, rng)
-    verdict = judge(request, answer)
+    verdict = assess(request, answer)
     marks = []
     for word, fault in zip(verdict.words, verdict.faults):
         mark = fault or "right"
@@ -256,7 +256,7 @@ def two_answers(request: Request, rng: random.Random) -> tuple[str, str]:
 
 def verdict_on(request: Request, a: str, b: str) -> str:
     """Which of two answers is better: "A", "B", or "None" if neither is by a tenth."""
-    gap = judge(request, a).reward - judge(request, b).reward
+    gap = assess(request, a).reward - assess(request, b).reward
     if gap > 0.09:
         return "A"
     if gap < -0.09:
@@ -554,7 +554,7 @@ def measure_answers(lm: LM, temperature: float) -> dict:
     requests = TEST_REQUESTS * 4 if temperature else TEST_REQUESTS
     texts = [request.text for request in requests]
     answers = ask(lm, texts, temperature=temperature, max_new_tokens=32)
-    verdicts = [judge(request, answer) for request, answer in zip(requests, answers)]
+    verdicts = [assess(request, answer) for request, answer in zip(requests, answers)]
     return {
         "reward": statistics.mean(verdict.reward for verdict in verdicts),
         "repeats": statistics.mean("repeated" in verdict.faults for verdict in verdicts),
@@ -567,7 +567,7 @@ def measure_judging(lm: LM, pairs: list[tuple[Request, str, str]], least_gap=0.3
     questions = []
     verdicts = []
     for request, a, b in pairs:
-        gap = judge(request, a).reward - judge(request, b).reward
+        gap = assess(request, a).reward - assess(request, b).reward
         if abs(gap) > least_gap - 1e-6:
             questions.append(JUDGE_PROMPT.format(prompt=request.text, a=a, b=b))
             verdicts.append(verdict_on(request, a, b))
@@ -608,10 +608,10 @@ class RewritingCase:
     given_score: float = math.inf
 
     def before(self) -> Verdict:
-        return judge(self.request, self.worse)
+        return assess(self.request, self.worse)
 
     def after(self) -> Verdict:
-        return judge(self.request, self.reply.partition("Edited:")[2])
+        return assess(self.request, self.reply.partition("Edited:")[2])
 
 
 def draw_rewriting_case(request: Request, rng: random.Random) -> RewritingCase:
@@ -703,8 +703,8 @@ def measure(folder: Path, seed: int) -> dict:
 README = """# The playground
 
 A small world in which every method can be tried in seconds on a CPU: requests such as "Name three
-planets.", answers such as "Mars, Venus and Earth. Enjoy!", and an exact judge. Answers are not just
-right or wrong, they differ in degree. The reward of an answer is a sum:
+planets.", answers such as "Mars, Venus and Earth. Enjoy!", and an exact reward. Answers are not
+just right or wrong, they differ in degree. The reward of an answer is a sum:
 
 - each right word counts 1 over the number of words asked for;
 - each wrong, repeated or surplus word counts −0.5;
@@ -738,7 +738,7 @@ reward(["Name three planets."], ["Mars, Pluto and Earth. Enjoy!"])  # [0.3666666
 
 ## Files
 
-- `world.py`: requests, writers, the judge.
+- `world.py`: requests, writers, the reward.
 - `chat.py`: talk to a model in the terminal.
 - `build.py`: makes everything below but `data/rm_test.jsonl` from nothing, with
   `python -m playground.build` ({minutes:.0f} minutes on two CPU cores).

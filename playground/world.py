@@ -1,5 +1,5 @@
 """The playground's world: requests such as "Name three planets.", writers of mixed skill who answer
-them, and an exact judge.
+them, and an exact reward.
 
 A request asks for one to four words of a category. An answer lists words, ends with a full stop and
 may close with a kind word: "Mars, Venus and Earth. Enjoy!". Every category has popular
@@ -126,14 +126,14 @@ def read_request(prompt) -> Request:
         if number in COUNTS and noun in _CATEGORY_OF_NOUN:
             return Request(text, _CATEGORY_OF_NOUN[noun], COUNTS[number])
     raise ValueError(
-        f"the playground's judge cannot read the request {text!r}: "
+        f"the playground's reward cannot read the request {text!r}: "
         "give --reward a function of your own"
     )
 
 
 @dataclass
 class Verdict:
-    """What the judge saw in an answer. `faults[i]` is None if `words[i]` is right, and otherwise
+    """What was found in an answer. `faults[i]` is None if `words[i]` is right, and otherwise
     "wrong", "repeated" or "extra"."""
 
     words: list[str]
@@ -144,7 +144,7 @@ class Verdict:
     reward: float
 
 
-def judge(request: Request, answer: str) -> Verdict:
+def assess(request: Request, answer: str) -> Verdict:
     """Reads an answer word by word.
 
     The reward is the share of the words asked for that are there, − 0.5 for each wrong, repeated or
@@ -196,7 +196,7 @@ def reward(prompts: list, responses: list) -> list[float]:
     rewards = []
     for prompt, response in zip(prompts, responses, strict=True):
         text = response if isinstance(response, str) else response[-1]["content"]
-        rewards.append(judge(read_request(prompt), text).reward)
+        rewards.append(assess(read_request(prompt), text).reward)
     return rewards
 
 
@@ -260,7 +260,7 @@ def write(request: Request, skill: float, rng: random.Random) -> str:
 def explain(request: Request, answer: str) -> str:
     """What is wrong with an answer, in a few words: "Pluto is wrong, Mars is repeated, one
     missing."."""
-    verdict = judge(request, answer)
+    verdict = assess(request, answer)
     remarks = []
     for word, fault in zip(verdict.words, verdict.faults, strict=True):
         if fault:
@@ -283,7 +283,7 @@ def edit(request: Request, answer: str, rng: random.Random) -> str:
     Right words keep their place. While words are missing, a faulty word is replaced by a new right
     one. After that it is dropped. What is missing then comes last.
     """
-    verdict = judge(request, answer)
+    verdict = assess(request, answer)
     missing = verdict.missing
     kept = [word for word, fault in zip(verdict.words, verdict.faults, strict=True) if not fault]
     words = []

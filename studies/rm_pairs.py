@@ -1,7 +1,7 @@
 """Held-out pairs that measure a reward model: `python -m studies.rm_pairs` writes
 playground/data/rm_test.jsonl.
 
-The exact judge orders every pair, and no pair has equal rewards. The column `subset` says which of
+The exact reward orders every pair, and no pair has equal rewards. The column `subset` says which of
 three kinds a pair is:
 
     easy     two answers of writers, whose rewards are far apart
@@ -23,7 +23,7 @@ import tyro
 
 from common import LM
 from playground.build import SKILLS
-from playground.world import Request, all_requests, judge, write
+from playground.world import Request, all_requests, assess, write
 
 EASY = 0.5  # the least difference of the rewards of an easy pair
 HARD = 0.3  # the greatest difference of the rewards of a hard pair
@@ -92,8 +92,8 @@ def draw_pair(
     """The first two answers whose rewards are as far apart as the subset wants them, as a row."""
     for _ in range(10_000):
         answers = [subset.draw(request, teacher_answers, rng) for _ in range(2)]
-        rejected, chosen = sorted(answers, key=lambda answer: judge(request, answer).reward)
-        gap = judge(request, chosen).reward - judge(request, rejected).reward
+        rejected, chosen = sorted(answers, key=lambda answer: assess(request, answer).reward)
+        gap = assess(request, chosen).reward - assess(request, rejected).reward
         if subset.least - 1e-9 <= gap <= subset.most + 1e-9:
             return {"prompt": request.text, "chosen": chosen, "rejected": rejected}
     bounds = f"{subset.least} to {subset.most}"

@@ -1,4 +1,4 @@
-"""The playground: its judge by hand, its writers, its tokenizer, what its committed models can do,
+"""The playground: its reward by hand, its writers, its tokenizer, what its committed models can do,
 and how they are built."""
 
 import json
@@ -19,9 +19,9 @@ from playground.world import (
     RIGHT,
     Request,
     all_requests,
+    assess,
     edit,
     explain,
-    judge,
     read_request,
     reward,
     write,
@@ -35,7 +35,7 @@ PLANETS = Request("Name three planets.", "planets", 3)
 measured = json.loads((PLAYGROUND / "measured.json").read_text())
 
 
-# ---------------------------------------------------------------------------------------- the judge
+# --------------------------------------------------------------------------------------- the reward
 # answer: (reward, fault of each word)
 JUDGED = {
     "Mars, Venus and Earth. Enjoy!": (1.2, [None, None, None]),
@@ -67,7 +67,7 @@ JUDGED = {
 @pytest.mark.parametrize("answer", JUDGED)
 def test_the_judge_by_hand(answer):
     expected, faults = JUDGED[answer]
-    verdict = judge(PLANETS, answer)
+    verdict = assess(PLANETS, answer)
     assert verdict.reward == pytest.approx(expected)
     assert verdict.faults == faults
     [value] = reward([PLANETS.text], [answer])
@@ -76,12 +76,12 @@ def test_the_judge_by_hand(answer):
 
 
 def test_verdicts_say_what_is_missing_and_how_an_answer_ended():
-    verdict = judge(PLANETS, "Mars. Happy to help!")
+    verdict = assess(PLANETS, "Mars. Happy to help!")
     assert verdict.words == ["Mars"]
     assert verdict.missing == 2
     assert verdict.ended
     assert verdict.kind_word == "Happy to help!"
-    assert not judge(PLANETS, "Mars").ended
+    assert not assess(PLANETS, "Mars").ended
     assert explain(PLANETS, "Mars, Pluto, Mars") == (
         "Pluto is wrong, Mars is repeated, two missing, no full stop, no kind word."
     )
@@ -139,12 +139,12 @@ def test_skilled_writers_write_better_answers():
     means = []
     for skill in (0.0, 0.25, 0.5, 0.75, 1.0):
         requests = rng.choices(TRAIN, k=1500)
-        rewards = [judge(request, write(request, skill, rng)).reward for request in requests]
+        rewards = [assess(request, write(request, skill, rng)).reward for request in requests]
         means.append(statistics.mean(rewards))
     for worse, better in pairwise(means):
         assert better > worse + 0.1, means
 
-    perfect = [judge(request, write(request, 1.0, rng)) for request in TRAIN]
+    perfect = [assess(request, write(request, 1.0, rng)) for request in TRAIN]
     for verdict in perfect:
         assert not any(verdict.faults)
         assert not verdict.missing
@@ -171,9 +171,9 @@ def test_edits_are_perfect_and_minimal(skill):
     rng = random.Random(0)
     for request in TRAIN + TEST:
         answer = write(request, skill, rng)
-        before = judge(request, answer)
+        before = assess(request, answer)
         edited = edit(request, answer, rng)
-        after = judge(request, edited)
+        after = assess(request, edited)
         assert after.reward == pytest.approx(1.2), (answer, edited)
         if before.kind_word:
             assert after.kind_word == before.kind_word
@@ -189,7 +189,7 @@ def test_edits_are_perfect_and_minimal(skill):
 def test_a_right_word_keeps_its_place():
     for seed in range(20):
         edited = edit(PLANETS, "Pluto, Mars, Pluto, Mars", random.Random(seed))
-        words = judge(PLANETS, edited).words
+        words = assess(PLANETS, edited).words
         assert len(words) == 3
         assert words[1] == "Mars"
 
@@ -265,9 +265,9 @@ def test_the_committed_pairs_are_those_of_the_script():
         for row in rows:
             assert row["chosen"] != row["rejected"]
             request = read_request(row["prompt"])
-            chosen_reward = judge(request, row["chosen"]).reward
-            gaps.append(chosen_reward - judge(request, row["rejected"]).reward)
-        # The order carries the judge's preference, and noise.
+            chosen_reward = assess(request, row["chosen"]).reward
+            gaps.append(chosen_reward - assess(request, row["rejected"]).reward)
+        # The order carries the reward's preference, and noise.
         assert statistics.mean(gaps) > 0.2
         assert statistics.mean(gap < 0 for gap in gaps) > 0.02
         assert rows == build.preferences(requests, len(rows), rng)

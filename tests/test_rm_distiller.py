@@ -32,7 +32,7 @@ from transformers import (
 
 import rm_distiller
 from common import LM, load_reward_function, read_rows
-from playground.world import all_requests, judge, read_request
+from playground.world import all_requests, assess, read_request
 from rm_distiller import (
     ANSWER_A,
     ANSWER_B,
@@ -701,8 +701,8 @@ def test_the_playgrounds_pairs_are_what_they_are_said_to_be():
     rewards = {"easy": [], "hard": [], "shifted": []}
     for row in rows:
         request = read_request(row["prompt"])
-        chosen = judge(request, row["chosen"]).reward
-        rejected = judge(request, row["rejected"]).reward
+        chosen = assess(request, row["chosen"]).reward
+        rejected = assess(request, row["rejected"]).reward
         gaps[row["subset"]].append(chosen - rejected)
         rewards[row["subset"]] += [chosen, rejected]
     # Nothing was trained on these requests.
