@@ -199,6 +199,7 @@ def test_the_reference_of_dpo_is_the_initial_student(run_tiny):
     assert rows[-1]["losses/total"] < math.log(2) - 0.1
 
 
+@pytest.mark.slow
 @every_loss
 def test_r20_the_split_of_a_batch_changes_nothing(loss, run_tiny):
     whole = run_tiny("studies/baselines", loss=loss, micro_batch_size=8)

@@ -14,7 +14,7 @@ TRL_WAYS = {"TRL", "TRL lean"}
 HAS_TRL = importlib.util.find_spec("trl") is not None
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def output(tmp_path_factory) -> Path:
     """One file for the results of all tests here."""
     return tmp_path_factory.mktemp("benchmarks") / "results.json"
@@ -57,6 +57,7 @@ def test_every_script_has_a_step():
     assert step.LOSSES.keys() == step.PADDED_LOSSES.keys() == scripts
 
 
+@pytest.mark.slow
 def test_a_wrong_loss_stops_the_benchmark(output, monkeypatch):
     def wrong_loss(setup):
         return setup.student.model.lm_head.weight.square().mean()

@@ -1,6 +1,7 @@
 """dckd.py: its loss against float64 loops, and a step of it against plain forward passes."""
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -21,29 +22,40 @@ def random_log_probs(n=5, vocab=13, seed=0, scale=3.0) -> torch.Tensor:
     return logits.log_softmax(-1)
 
 
+def log_probs_of(*rows: list[float]) -> torch.Tensor:
+    """[N, V] in float64: the logs of one distribution per state."""
+    return torch.tensor(rows, dtype=torch.float64).log()
+
+
 def slow_kl(teacher, student, top_k=0) -> list[float]:
-    """One position and one token after the other. With top_k the events are the teacher's k
-    likeliest tokens, then all others together."""
-    result = []
-    for q, p in zip(student.exp().tolist(), teacher.exp().tolist()):
-        order = sorted(range(len(p)), key=lambda a, p=p: -p[a])
-        kept = order[: top_k or len(p)]
-        events = [(p[a], q[a]) for a in kept]
-        rest = order[len(kept) :]
-        if rest:
-            events.append((sum(p[a] for a in rest), sum(q[a] for a in rest)))
-        total = 0.0
-        for p_event, q_event in events:
-            if p_event > 0:
-                total += p_event * (math.log(p_event) - math.log(q_event))
-        result.append(total)
-    return result
+    """KL of every state, one state after the other."""
+    teacher_probs = teacher.exp().tolist()
+    student_probs = student.exp().tolist()
+    return [slow_kl_of_state(p, q, top_k) for p, q in zip(teacher_probs, student_probs)]
+
+
+def slow_kl_of_state(p: list[float], q: list[float], top_k: int) -> float:
+    """One token after the other. With top_k the events are the teacher's k likeliest tokens, then
+    all others together."""
+    likeliest_first = sorted(range(len(p)), key=lambda a: -p[a])
+    kept = likeliest_first[: top_k or len(p)]
+    rest = likeliest_first[len(kept) :]
+    events = [(p[a], q[a]) for a in kept]
+    if rest:
+        p_rest = sum(p[a] for a in rest)
+        q_rest = sum(q[a] for a in rest)
+        events.append((p_rest, q_rest))
+    total = 0.0
+    for p_event, q_event in events:
+        if p_event > 0:
+            total += p_event * math.log(p_event / q_event)
+    return total
 
 
 # -------------------------------------------------------------------------------------- mathematics
 def test_r24_forward_kl_of_two_tokens_by_hand():
-    teacher = torch.tensor([[0.75, 0.25]], dtype=torch.float64).log()
-    student = torch.tensor([[0.5, 0.5]], dtype=torch.float64).log()
+    teacher = log_probs_of([0.75, 0.25])
+    student = log_probs_of([0.5, 0.5])
     by_hand = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert forward_kl(teacher, student).item() == pytest.approx(by_hand)
     assert by_hand == pytest.approx(0.130812, abs=1e-6)
@@ -57,22 +69,25 @@ def test_kl_equals_a_slow_loop(top_k, seed):
     teacher = random_log_probs(seed=seed)
     student = random_log_probs(seed=seed + 100)
     slow = slow_kl(teacher, student, top_k)
-    assert forward_kl(teacher, student, top_k).tolist() == pytest.approx(slow, abs=1e-9)
-    single_precision = forward_kl(teacher.float(), student.float(), top_k)
-    assert single_precision.tolist() == pytest.approx(slow, abs=1e-5)
+    kl = forward_kl(teacher, student, top_k)
+    single_precision_kl = forward_kl(teacher.float(), student.float(), top_k)
+    assert kl.tolist() == pytest.approx(slow, abs=1e-9)
+    assert single_precision_kl.tolist() == pytest.approx(slow, abs=1e-5)
 
 
 def test_gradient_is_the_difference_of_the_distributions():
     teacher = random_log_probs(seed=1)
     logits = random_log_probs(seed=2).requires_grad_()
     forward_kl(teacher, logits.log_softmax(-1)).sum().backward()
-    assert torch.allclose(logits.grad, logits.detach().softmax(-1) - teacher.exp(), atol=1e-12)
+    difference = logits.detach().softmax(-1) - teacher.exp()
+    assert torch.allclose(logits.grad, difference, atol=1e-12)
 
 
 @pytest.mark.parametrize("top_k", [0, 3])
 def test_r29_kl_and_its_gradient_are_zero_where_student_and_teacher_agree(top_k):
     logits = random_log_probs().requires_grad_()
-    kl = forward_kl(logits.detach().log_softmax(-1), logits.log_softmax(-1), top_k)
+    student = logits.log_softmax(-1)
+    kl = forward_kl(student.detach(), student, top_k)
     kl.sum().backward()
     assert torch.allclose(kl, torch.zeros_like(kl), atol=1e-12)
     assert torch.allclose(logits.grad, torch.zeros_like(logits), atol=1e-12)
@@ -85,23 +100,27 @@ def test_top_k_kl_grows_with_k_up_to_the_full_kl(seed):
     student = random_log_probs(seed=seed + 100)
     full = forward_kl(teacher, student)
     kls = [forward_kl(teacher, student, k) for k in range(1, 14)]
-    for less, more in zip(kls, [*kls[1:], full]):
+    for less, more in pairwise(kls):
         assert (less <= more + 1e-12).all()
-    assert (kls[0] < full - 1e-3).any() and torch.equal(kls[-1], full)
+    assert (kls[0] < full - 1e-3).any()
+    assert torch.equal(kls[-1], full)
 
 
 @pytest.mark.parametrize("top_k", [0, 2, 3, 4])
 def test_r10_excluded_tokens_give_no_nan(top_k):
     """A model that masks tokens has logits of −inf."""
-    teacher_logits = torch.tensor([[1.0, -INF, 0.5, -INF, 0.2], [2.0, 1.0, -INF, -INF, -INF]])
-    logits = torch.tensor([[0.3, -INF, 0.5, 0.1, 0.7], [0.1, 0.2, -INF, 0.4, -INF]])
-    logits.requires_grad_()
-    teacher = teacher_logits.log_softmax(-1)
+    one = [1.0, -INF, 0.5, -INF, 0.2]
+    other = [2.0, 1.0, -INF, -INF, -INF]
+    teacher = torch.tensor([one, other]).log_softmax(-1)
+    one = [0.3, -INF, 0.5, 0.1, 0.7]
+    other = [0.1, 0.2, -INF, 0.4, -INF]
+    logits = torch.tensor([one, other], requires_grad=True)
     student = logits.log_softmax(-1)
     kl = forward_kl(teacher, student, top_k)
     # Where p is 0 the term is 0, whatever the student's value there.
-    positive = student.double().exp().clamp(min=1e-300).log()
-    assert kl.tolist() == pytest.approx(slow_kl(teacher.double(), positive, top_k), abs=1e-5)
+    positive_probs = student.double().exp().clamp(min=1e-300)
+    slow = slow_kl(teacher.double(), positive_probs.log(), top_k)
+    assert kl.tolist() == pytest.approx(slow, abs=1e-5)
     kl.sum().backward()
     assert logits.grad.isfinite().all()
 
@@ -111,9 +130,12 @@ def test_a_rest_that_rounds_to_nothing_stays_finite():
     logits = torch.tensor([[60.0, 0.0, -5.0, -9.0]], requires_grad=True)
     certain = logits.log_softmax(-1)
     other = torch.randn(1, 4).log_softmax(-1)
-    for kl in (forward_kl(certain.detach(), other, 1), forward_kl(other, certain, 1)):
-        assert kl.isfinite().all() and kl.item() > 0
-    kl.sum().backward()
+    of_certain_teacher = forward_kl(certain.detach(), other, top_k=1)
+    of_certain_student = forward_kl(other, certain, top_k=1)
+    for kl in (of_certain_teacher, of_certain_student):
+        assert kl.isfinite().all()
+        assert kl.item() > 0
+    of_certain_student.sum().backward()
     assert logits.grad.isfinite().all()
     assert with_rest(torch.zeros(1, 1)).isfinite().all()
 

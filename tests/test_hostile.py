@@ -112,7 +112,7 @@ def generated(max_examples: int):
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def lm(checkpoints) -> LM:
     return LM(checkpoints["student"], torch.device("cpu"))
 
@@ -130,6 +130,7 @@ def result_or_error_line(capsys, function, *arguments):
         return None, error
 
 
+@pytest.mark.slow
 @generated(max_examples=300)
 @given(content=files, suffix=st.sampled_from([".jsonl", ".json", ".parquet"]))
 def test_generated_data_files(content, suffix, tmp_path, lm, capsys):
@@ -144,6 +145,7 @@ def test_generated_data_files(content, suffix, tmp_path, lm, capsys):
         result_or_error_line(capsys, encode_rows, lm, rows, COLUMNS, LIMITS, "pairs")
 
 
+@pytest.mark.slow
 @generated(max_examples=100)
 @given(rows=st.lists(good_rows, min_size=1, max_size=6))
 def test_no_row_is_dropped_in_silence(rows, tmp_path, lm, capsys):
@@ -190,6 +192,7 @@ def flag_types(script: str) -> dict:
     return typing.get_type_hints(importlib.import_module(script).Args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_r47_nonsense_numbers_are_refused_before_anything_is_written(
     script, tmp_path, capsys, monkeypatch

@@ -808,7 +808,7 @@ def test_scores_from_text_are_numbers_the_teacher_wrote(tmp_path, capsys):
     assert sum(counts.values()) == 24
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def playground_teacher() -> LM:
     return LM("playground/teacher", CPU)
 

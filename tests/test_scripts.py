@@ -102,7 +102,7 @@ def start(script: str, **flags) -> subprocess.Popen:
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole_runs(tmp_path_factory):
     """whole_runs("adpa"): (run folder, what it printed, its flags) of one uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")

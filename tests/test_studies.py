@@ -43,6 +43,7 @@ def test_a_variant_takes_the_place_of_a_function_with_the_same_first_arguments(n
 FLAGS_OF_VARIANTS = {"dpkd": {"kl_chosen": 2, "kl_rejected": 0}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", released.VARIANTS)
 def test_a_variant_learns_from_another_loss_than_its_script(name, tmp_path, monkeypatch):
     variant = released.VARIANTS[name]
