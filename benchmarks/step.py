@@ -56,7 +56,7 @@ from benchmarks.shared import (
     turns,
     vocabulary_size,
 )
-from common import Example
+from common import Example, weighted
 
 
 @dataclass
@@ -125,7 +125,8 @@ def dckd_loss(micro_batch: list[Example], setup: Setup, batch_size: int) -> torc
     sft = terms["sft"].sum() / batch_size
     kl_chosen = terms["kl_chosen"].sum() / batch_size
     kl_rejected = terms["kl_rejected"].sum() / batch_size
-    return sft + args.kl_chosen * kl_chosen + args.kl_rejected * kl_rejected
+    loss = sft + weighted(args.kl_chosen, kl_chosen)
+    return loss + weighted(args.kl_rejected, kl_rejected)
 
 
 def adpa_loss(micro_batch: list[Example], setup: Setup, batch_size: int) -> torch.Tensor:
@@ -148,7 +149,7 @@ def dpkd_loss(micro_batch: list[Example], setup: Setup, batch_size: int) -> torc
     preference = terms["preference"].sum() / batch_size
     sft = terms["sft"].sum() / batch_size
     lm_loss = terms["lm"].sum() / batch_size
-    return preference + dpkd.weighted(args.sft_coef, sft) + dpkd.weighted(args.lm_coef, lm_loss)
+    return preference + weighted(args.sft_coef, sft) + weighted(args.lm_coef, lm_loss)
 
 
 def pad_loss(micro_batch: list[Example], setup: Setup, batch_size: int) -> torch.Tensor:
@@ -164,7 +165,7 @@ def rm_distiller_loss(micro_batch: list[Example], setup: Setup, batch_size: int)
     parts = {name: term.sum() / batch_size for name, term in terms.items()}
     kl = parts.get("kl", 0.0)
     nll = parts.get("nll", 0.0)
-    return parts["pair"] + args.kl_coef * kl + args.nll_coef * nll
+    return parts["pair"] + weighted(args.kl_coef, kl) + weighted(args.nll_coef, nll)
 
 
 def run_micro_batches(loss_of_micro_batch, setup: Setup) -> float:
