@@ -889,7 +889,8 @@ def cached_map(path: Path, rows: list[dict], function, batch_size: int, seed: in
     A run that was killed finds what was made before and goes on. Rows are matched by id and prompt,
     so a file of another program serves as well. A file that was made from other rows is refused.
     With a seed it calls function(some rows, seed + the index of the first of them), so that every
-    batch has a seed of its own, which does not depend on interruptions. Example, with a function
+    batch has a seed of its own, which does not depend on interruptions. How long a stage took, in
+    all processes of the run together, stands in timings.json beside it. Example, with a function
     respond(rows, seed) that returns [{"text": ...}, ...]:
 
         answers = cached_map(run_dir / "answers.jsonl", rows, respond, 256, args.seed)
@@ -917,6 +918,7 @@ def cached_map(path: Path, rows: list[dict], function, batch_size: int, seed: in
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             if not all(row["id"] in done for row in batch):
+                batch_started = time.time()
                 with error_note(f"making rows {start} to {start + len(batch) - 1} of {path}"):
                     results = function(batch) if seed is None else function(batch, seed + start)
                 for row, result in zip(batch, results, strict=True):
@@ -924,8 +926,24 @@ def cached_map(path: Path, rows: list[dict], function, batch_size: int, seed: in
                         done[row["id"]] = {"id": row["id"], "prompt": row["prompt"], **result}
                         file.write(json.dumps(done[row["id"]]).encode() + b"\n")
                 file.flush()
+                add_seconds(path.parent, path.stem, time.time() - batch_started)
             progress.update(len(batch))
     return [done[row["id"]] for row in rows]
+
+
+def read_timings(run_dir: Path) -> dict[str, float]:
+    """The seconds that each stage took so far, from timings.json."""
+    path = run_dir / "timings.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def add_seconds(run_dir: Path, stage: str, seconds: float):
+    """Adds to what a stage took so far. A run that is resumed goes on counting."""
+    timings = read_timings(run_dir)
+    timings[stage] = timings.get(stage, 0.0) + seconds
+    partial_path = run_dir / "timings.json.partial"
+    partial_path.write_text(json.dumps(timings, indent=1))
+    partial_path.replace(run_dir / "timings.json")
 
 
 class Metrics:
@@ -1035,8 +1053,11 @@ def save_model(lm: LM, folder: Path):
 
 
 def save_summary(run_dir: Path, results: dict, counts: dict, args):
-    """Writes summary.json, the sign of a finished run: results, speed, seed, device, versions."""
-    summary = {**results, "tokens_per_second": counts["tokens"] / max(counts["seconds"], 1e-9)}
+    """Writes summary.json, the sign of a finished run: script, results, seconds by stage, speed,
+    seed, device, versions. "seconds" is of the last process. The stages count all processes."""
+    summary = {"script": Path(sys.argv[0]).stem, **results}
+    summary["stage_seconds"] = {**read_timings(run_dir), "training": counts["seconds"]}
+    summary["tokens_per_second"] = counts["tokens"] / max(counts["seconds"], 1e-9)
     if torch.cuda.is_available():
         summary["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     summary["seed"] = args.seed

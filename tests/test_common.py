@@ -36,6 +36,7 @@ from common import (
     pack,
     per_token,
     read_rows,
+    read_timings,
     save_checkpoint,
     shared_vocab_size,
     step_examples,
@@ -824,6 +825,35 @@ def test_r35_a_stage_of_other_data_is_refused(tmp_path, capsys):
 
     for rows in (other_prompt, ROWS[1:]):
         assert str(path) in one_error_line(capsys, cached_map, path, rows, Recorder(), 3, 1)
+
+
+def test_the_seconds_of_a_stage_are_those_of_all_processes_and_of_new_rows_alone(
+    tmp_path, monkeypatch
+):
+    """Every call of a stage's function takes 2 seconds by a clock that only it moves."""
+    clock = SimpleNamespace(now=100.0)
+
+    def read_clock() -> float:
+        return clock.now
+
+    monkeypatch.setattr(common, "time", SimpleNamespace(time=read_clock))
+
+    def slow(rows, seed):
+        clock.now += 2.0
+        return [{"text": "a"} for _ in rows]
+
+    path = tmp_path / "stage.jsonl"
+    common.add_seconds(tmp_path, "earlier", 1.5)
+    cached_map(path, ROWS, slow, batch_size=3, seed=10)
+    assert read_timings(tmp_path) == {"earlier": 1.5, "stage": 6.0}
+
+    # A kill cuts the last two of three batches.
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3]))
+    cached_map(path, ROWS, slow, batch_size=3, seed=10)
+    assert read_timings(tmp_path) == {"earlier": 1.5, "stage": 10.0}
+    cached_map(path, ROWS, slow, batch_size=3, seed=10)
+    assert read_timings(tmp_path) == {"earlier": 1.5, "stage": 10.0}
 
 
 def test_an_error_in_a_stage_names_its_file_and_rows(tmp_path):

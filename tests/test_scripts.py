@@ -66,10 +66,10 @@ RUNS = {
     "pad": Run(192, "samples_1.jsonl", {"sample_batch_size": 64}),
     "rm_distiller": Run(96, "refined.jsonl", {"best_of": 2}),
 }
-FILES = {"args.json", "metrics.jsonl", "checkpoint.pt", "model", "summary.json"}
+FILES = {"args.json", "metrics.jsonl", "checkpoint.pt", "model", "summary.json", "timings.json"}
 REWARDS = {"reward_before", "reward_after", "reward_teacher", "win_rate", "win_rate_stderr"}
 OTHER_RESULTS = {"rm_distiller": {"accuracy_before", "accuracy_after", "best_of_n_reward"}}
-MEASURED = {"seconds", "tokens_per_second", "seed", "device"}
+MEASURED = {"script", "seconds", "stage_seconds", "tokens_per_second", "seed", "device"}
 VERSIONS = {"torch", "transformers", "datasets", "tyro"}
 
 # The tests of a script run in one process, so that they share its whole run.
@@ -174,6 +174,11 @@ def test_a_run_leaves_what_it_should(script, whole_runs):
     assert summary["seed"] == 1 and summary["device"] == "cpu"
     assert summary["torch"].startswith("2.")
     assert summary["seconds"] > 0 and summary["tokens_per_second"] > 0
+    assert summary["script"] == script
+    stages = {path.stem for path in run.glob("*.jsonl")} - {"metrics", "annotations"}
+    assert summary["stage_seconds"].keys() == stages | {"training"}
+    assert all(seconds > 0 for seconds in summary["stage_seconds"].values())
+    assert sum(summary["stage_seconds"].values()) <= summary["seconds"]
     assert all(name in out for name in results) and str(run) in out
 
 
