@@ -49,7 +49,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-import tyro
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
@@ -69,6 +68,7 @@ from common import (
     mean_reward,
     open_run,
     pack,
+    parse_flags,
     per_token,
     print_samples,
     print_summary,
@@ -126,26 +126,28 @@ def expected_advantage(student_log_probs: torch.Tensor, advantage: torch.Tensor)
     return (student_log_probs.exp() * advantage).sum(-1)
 
 
+# -------------------------------------------------------------------------------------------- flags
 @dataclass
-class Args:
-    # method
+class Method:
     teacher_ref: str = "playground/teacher_ref"
     """model that the teacher was aligned from; "none": A = log π_dpo (paper, table 2)"""
     gamma: float = 0.7
-    """γ, weight of the advantage term (playground; paper: best near 1.5 at learning rate 5e-7,
-    worse from 3; released code: 1.6)"""
+    """γ, weight of the advantage term (tuned for the toy task; paper: best near 1.5 at learning
+    rate 5e-7, worse from 3; released code: 1.6)"""
     states: Literal["student", "chosen", "rejected", "teacher"] = "student"
     """whose responses are ŷ (paper: the student's; the others are in appendix E)"""
     advantage_clip: tuple[float, float] | None = None
-    """bounds of the advantage (paper: none; `1e-8 0.99999999` is what the released code does)"""
+    """bounds of the advantage (paper: None; the released code has `1e-8 0.99999999`)"""
     top_k: int = 0
     """keep A of the teacher's k likeliest tokens alone (paper, section 4.1: 50); 0 keeps all"""
     sample_temperature: float = 1.0
-    """temperature at which ŷ is sampled (playground; released code: 0, greedy)"""
+    """temperature at which ŷ is sampled (tuned for the toy task; released code: 0, greedy)"""
 
-    # optimisation
+
+@dataclass
+class Optimisation:
     learning_rate: float = 1e-3
-    """of AdamW (playground; the paper and its code: 5e-7)"""
+    """learning rate of AdamW (tuned for the toy task; the paper and its code: 5e-7)"""
     num_epochs: int = 4
     """passes over the data"""
     max_steps: int = 0
@@ -161,13 +163,15 @@ class Args:
     warmup_ratio: float = 0.1
     """share of the steps in which the learning rate rises; after that a cosine brings it to 0"""
     weight_decay: float = 0.0
-    """of AdamW"""
+    """weight decay of AdamW"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
     seed: int = 1
     """seed of the data's order and of sampling"""
 
-    # models and data
+
+@dataclass
+class ModelsAndData:
     student: str = "playground/student"
     """model to train: a hub id or a folder"""
     teacher: str = "playground/teacher"
@@ -183,11 +187,13 @@ class Args:
     sample_batch_size: int = 256
     """responses sampled at a time"""
     device: str = ""
-    """cpu, cuda, cuda:1, ... (a GPU where there is one, if empty)"""
+    """cpu, cuda, cuda:1, ...; if empty, a GPU where there is one"""
     trust_remote_code: bool = False
-    """run code that comes with a hub model"""
+    """run the Python code that comes with a hub model on this machine: only where you trust it"""
 
-    # evaluation and output
+
+@dataclass
+class EvaluationAndOutput:
     eval_data: str = "playground/data/test.jsonl"
     """held-out rows, of which only the prompts are used"""
     eval_split: str = "test"
@@ -197,7 +203,7 @@ class Args:
     eval_prompts: int = 256
     """held-out prompts of an evaluation, with one response each"""
     eval_temperature: float = 1.0
-    """temperature of these responses; 0 is greedy"""
+    """temperature of the responses of an evaluation; 0 is greedy"""
     eval_every: int = 50
     """optimiser steps between evaluations"""
     log_every: int = 10
@@ -205,11 +211,17 @@ class Args:
     save_every: int = 50
     """optimiser steps between checkpoints"""
     output_dir: str = ""
-    """folder of this run (runs/<script>__<seed>__<time>, if empty)"""
+    """folder of this run; if empty, runs/<script>__<seed>__<time>"""
     resume: str = ""
     """folder of a run that was interrupted; it goes on with the flags it had"""
     track: Literal["none", "tensorboard", "wandb"] = "none"
-    """where metrics go besides metrics.jsonl"""
+    """where metrics go besides metrics.jsonl; `pip install tensorboard` for the one, and
+    `pip install wandb tensorboard` for the other"""
+
+
+@dataclass
+class Args(EvaluationAndOutput, ModelsAndData, Optimisation, Method):
+    """The flags of all groups, read as args.seed. --help shows the last of these groups first."""
 
 
 # -------------------------------------------------------------------------------------- terms of L
@@ -444,6 +456,6 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_flags(Args, __doc__)
     with exit_in_one_line(args):
         main(args)

@@ -22,21 +22,28 @@ import errno
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
+import io
 import json
 import math
 import pickle
 import re
+import shutil
 import statistics
 import sys
+import textwrap
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
+import docstring_parser
 import jinja2
 import torch
 import transformers
+import tyro
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -795,6 +802,65 @@ AT_LEAST_1 += ["micro_batch_size", "logits_chunk", "log_every", "eval_every", "s
 AT_LEAST_1 += ["eval_prompts", "sample_batch_size"]
 AT_LEAST_0 = ["seed", "max_steps", "learning_rate", "warmup_ratio", "weight_decay"]
 AT_LEAST_0 += ["max_grad_norm", "eval_temperature"]
+
+
+def parse_flags(Args: type, description: str, words: list[str] | None = None):
+    """An object of the class Args, from the words of the command line.
+
+    `--help` shows the description, and the flags in a group for each class that Args inherits. A
+    flag may be spelled with underscores or with hyphens. A mistake ends the program with code 2.
+    """
+    print_any_character()
+    words = sys.argv[1:] if words is None else words
+    if "-h" in words or "--help" in words:
+        # tyro would join the lines of its formulas and commands.
+        print(wrap(description) + "\n")
+    groups = []
+    for group in reversed(Args.__bases__):
+        title = " ".join(re.findall("[A-Z][a-z]*", group.__name__)).lower()
+        kind = Annotated[with_help(group), tyro.conf.arg(name=title)]
+        groups.append((group.__name__, kind))
+    grouped = tyro.cli(
+        tyro.conf.OmitArgPrefixes[make_dataclass("Flags", groups)],
+        args=words,
+        description="",
+        use_underscores=True,
+    )
+    values = {}
+    for group in vars(grouped).values():
+        values |= vars(group)
+    return Args(**values)
+
+
+def with_help(group: type) -> type:
+    """A dataclass of flags as tyro takes it, with the text below each flag as its help. tyro would
+    keep the line breaks of that text, and show an empty default as (default: '')."""
+    helps = {}
+    for param in docstring_parser.parse_from_object(group).params:
+        helps[param.arg_name] = " ".join(param.description.split())
+    flags = []
+    for flag in fields(group):
+        hint = "" if flag.default == "" else None
+        about = tyro.conf.arg(help=helps[flag.name], help_behavior_hint=hint)
+        flags.append((flag.name, Annotated[flag.type, about], field(default=flag.default)))
+    return make_dataclass(group.__name__, flags)
+
+
+def wrap(text: str) -> str:
+    """A text with its paragraphs as wide as the terminal. Indented parts stay as they are."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    parts = []
+    for part in text.strip().split("\n\n"):
+        is_indented = any(line.startswith(" ") for line in part.splitlines())
+        parts.append(part if is_indented else textwrap.fill(part, width))
+    return "\n\n".join(parts)
+
+
+def print_any_character():
+    """A terminal or a log file that cannot show a character shows its number, as \\u03b3."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

@@ -48,7 +48,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
@@ -70,6 +69,7 @@ from common import (
     mean_reward,
     open_run,
     pack,
+    parse_flags,
     per_token,
     print_samples,
     print_summary,
@@ -123,20 +123,21 @@ def preference_loss(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return -F.logsigmoid(margins), margins
 
 
+# -------------------------------------------------------------------------------------------- flags
 @dataclass
-class Args:
-    # method
+class Method:
     beta: float = 1.0
-    """β, scale of the implicit reward (playground; released code: 0.1; the paper gives none)"""
+    """β, scale of the implicit reward (tuned for the toy task; released code: 0.1; the paper gives
+    none)"""
     length_normalize: bool = True
     """divide log-ratios by the response's length (equation 9; paper, table 3: worse without)"""
     refresh_every: int = 4
-    """y_s is sampled anew every this many steps (playground; paper: 1); 0 samples all of them from
-    the initial student"""
+    """y_s is sampled anew every this many steps (tuned for the toy task; paper: 1); 0 samples all
+    of them from the initial student"""
     teacher_answers: int = 0
     """prompts of --data that the teacher answers and training uses; 0 takes all"""
     sft_coef: float = 0.0
-    """weight of the cross-entropy on y_t (released code: 0.5; the paper: none)"""
+    """weight of the cross-entropy on the teacher's y_t (released code: 0.5; the paper: none)"""
     lm_data: str = ""
     """corpus of L_LM: a .txt file, or a column `text` in a .jsonl, .json or .parquet file or a hub
     id, cut into pieces of --max_response_tokens; if empty, L_LM is left out"""
@@ -145,9 +146,12 @@ class Args:
     lm_coef: float = 1.0
     """λ, weight of L_LM (the paper gives none; 1 is plain addition)"""
 
-    # optimisation
+
+@dataclass
+class Optimisation:
     learning_rate: float = 2e-3
-    """of AdamW (playground; released code: 5e-4 for a GPT-2 of 120M; the paper gives none)"""
+    """learning rate of AdamW (tuned for the toy task; released code: 5e-4 for a GPT-2 of 120M; the
+    paper gives none)"""
     num_epochs: int = 4
     """passes over the data"""
     max_steps: int = 0
@@ -163,13 +167,15 @@ class Args:
     warmup_ratio: float = 0.1
     """share of the steps in which the learning rate rises; after that a cosine brings it to 0"""
     weight_decay: float = 0.0
-    """of AdamW"""
+    """weight decay of AdamW"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
     seed: int = 1
     """seed of the data's order and of sampling"""
 
-    # models and data
+
+@dataclass
+class ModelsAndData:
     student: str = "playground/student"
     """model to train: a hub id or a folder"""
     teacher: str = "playground/teacher"
@@ -185,11 +191,13 @@ class Args:
     sample_batch_size: int = 256
     """responses sampled at a time"""
     device: str = ""
-    """cpu, cuda, cuda:1, ... (a GPU where there is one, if empty)"""
+    """cpu, cuda, cuda:1, ...; if empty, a GPU where there is one"""
     trust_remote_code: bool = False
-    """run code that comes with a hub model"""
+    """run the Python code that comes with a hub model on this machine: only where you trust it"""
 
-    # evaluation and output
+
+@dataclass
+class EvaluationAndOutput:
     eval_data: str = "playground/data/test.jsonl"
     """held-out rows, of which only the prompts are used"""
     eval_split: str = "test"
@@ -199,7 +207,7 @@ class Args:
     eval_prompts: int = 256
     """held-out prompts of an evaluation, with one response each"""
     eval_temperature: float = 1.0
-    """temperature of these responses; 0 is greedy"""
+    """temperature of the responses of an evaluation; 0 is greedy"""
     eval_every: int = 50
     """optimiser steps between evaluations"""
     log_every: int = 10
@@ -207,11 +215,17 @@ class Args:
     save_every: int = 50
     """optimiser steps between checkpoints"""
     output_dir: str = ""
-    """folder of this run (runs/<script>__<seed>__<time>, if empty)"""
+    """folder of this run; if empty, runs/<script>__<seed>__<time>"""
     resume: str = ""
     """folder of a run that was interrupted; it goes on with the flags it had"""
     track: Literal["none", "tensorboard", "wandb"] = "none"
-    """where metrics go besides metrics.jsonl"""
+    """where metrics go besides metrics.jsonl; `pip install tensorboard` for the one, and
+    `pip install wandb tensorboard` for the other"""
+
+
+@dataclass
+class Args(EvaluationAndOutput, ModelsAndData, Optimisation, Method):
+    """The flags of all groups, read as args.seed. --help shows the last of these groups first."""
 
 
 # --------------------------------------------------------------------------------------- terms of L
@@ -621,6 +635,6 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_flags(Args, __doc__)
     with exit_in_one_line(args):
         main(args)

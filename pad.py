@@ -55,7 +55,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
@@ -75,6 +74,7 @@ from common import (
     mean_reward,
     open_run,
     pack,
+    parse_flags,
     per_token,
     print_samples,
     print_summary,
@@ -175,17 +175,18 @@ def vpd(s_student: torch.Tensor, s_teacher: torch.Tensor) -> torch.Tensor:
     return -ranking_logps(s_student.gather(-1, best_first))[:, 0]
 
 
+# -------------------------------------------------------------------------------------------- flags
 @dataclass
-class Args:
-    # method
+class Method:
     loss: Literal["ppd", "vpd"] = "ppd"
-    """distance of the distributions over rankings, or the teacher's ranking alone (paper: both; ppd
-    is the main one)"""
+    """ppd: distance of the distributions over rankings; vpd: the teacher's ranking alone (paper:
+    both; ppd is the main one)"""
     beta: float = 2.0
-    """β, sharpness of both distributions (playground; released code: 10)"""
+    """β, sharpness of both distributions over rankings (tuned for the toy task; released code:
+    10)"""
     alpha: float = 0.9
-    """α, weight of the average log-prob in the teacher's score; 1 drops the filter (playground;
-    released code: 0)"""
+    """α, weight of the average log-prob in the teacher's score; 1 drops the filter (tuned for the
+    toy task; released code: 0)"""
     num_answers: int = 4
     """answers to learn from per prompt, in all rounds together (released code: 4)"""
     rounds: int = 1
@@ -195,7 +196,8 @@ class Args:
     """answers sampled per prompt in a round, of which the most different are kept (released code:
     5)"""
     sample_temperature: float = 1.0
-    """temperature of these answers (released code: 1, from a nucleus of 0.95; paper: 0.8)"""
+    """temperature of the student's answers (released code: 1, from a nucleus of 0.95; paper:
+    0.8)"""
     swap_order: bool = False
     """ask about two answers in both orders, against the judge's position bias (ours; paper and
     released code: one order)"""
@@ -203,11 +205,13 @@ class Args:
     """scores_1.jsonl of another run or program, in place of --data and of stages 1 and 2 of the
     first round (columns: docs/pad.md)"""
     max_rows: int = 1400
-    """the first rows of --data, whose prompts are used (playground); 0 takes all"""
+    """prompts come from the first so many rows of --data (fits the toy task); 0 takes all"""
 
-    # optimisation
+
+@dataclass
+class Optimisation:
     learning_rate: float = 3e-3
-    """of AdamW (playground; released code: 8e-7)"""
+    """learning rate of AdamW (tuned for the toy task; released code: 8e-7)"""
     num_epochs: int = 4
     """passes over the data"""
     max_steps: int = 0
@@ -223,13 +227,15 @@ class Args:
     warmup_ratio: float = 0.1
     """share of the steps in which the learning rate rises; after that a cosine brings it to 0"""
     weight_decay: float = 0.0
-    """of AdamW"""
+    """weight decay of AdamW"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
     seed: int = 1
     """seed of the data's order and of sampling"""
 
-    # models and data
+
+@dataclass
+class ModelsAndData:
     student: str = "playground/student"
     """model to train: a hub id or a folder"""
     teacher: str = "playground/teacher"
@@ -245,11 +251,13 @@ class Args:
     sample_batch_size: int = 256
     """responses sampled at a time"""
     device: str = ""
-    """cpu, cuda, cuda:1, ... (a GPU where there is one, if empty)"""
+    """cpu, cuda, cuda:1, ...; if empty, a GPU where there is one"""
     trust_remote_code: bool = False
-    """run code that comes with a hub model"""
+    """run the Python code that comes with a hub model on this machine: only where you trust it"""
 
-    # evaluation and output
+
+@dataclass
+class EvaluationAndOutput:
     eval_data: str = "playground/data/test.jsonl"
     """held-out rows, of which only the prompts are used"""
     eval_split: str = "test"
@@ -259,7 +267,7 @@ class Args:
     eval_prompts: int = 256
     """held-out prompts of an evaluation, with one response each"""
     eval_temperature: float = 1.0
-    """temperature of these responses; 0 is greedy"""
+    """temperature of the responses of an evaluation; 0 is greedy"""
     eval_every: int = 50
     """optimiser steps between evaluations"""
     log_every: int = 10
@@ -267,11 +275,17 @@ class Args:
     save_every: int = 50
     """optimiser steps between checkpoints"""
     output_dir: str = ""
-    """folder of this run (runs/<script>__<seed>__<time>, if empty)"""
+    """folder of this run; if empty, runs/<script>__<seed>__<time>"""
     resume: str = ""
     """folder of a run that was interrupted; it goes on with the flags it had"""
     track: Literal["none", "tensorboard", "wandb"] = "none"
-    """where metrics go besides metrics.jsonl"""
+    """where metrics go besides metrics.jsonl; `pip install tensorboard` for the one, and
+    `pip install wandb tensorboard` for the other"""
+
+
+@dataclass
+class Args(EvaluationAndOutput, ModelsAndData, Optimisation, Method):
+    """The flags of all groups, read as args.seed. --help shows the last of these groups first."""
 
 
 # --------------------------------------------------------------------------------------- terms of L
@@ -730,6 +744,6 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_flags(Args, __doc__)
     with exit_in_one_line(args):
         main(args)

@@ -49,7 +49,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from tqdm import tqdm
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -71,6 +70,7 @@ from common import (
     mean_per_response,
     open_run,
     pack,
+    parse_flags,
     per_token,
     print_summary,
     prompt_text,
@@ -232,36 +232,40 @@ def without_thoughts(text: str) -> str:
     return re.sub(THOUGHTS, "", text, flags=re.VERBOSE | re.DOTALL)
 
 
+# -------------------------------------------------------------------------------------------- flags
 @dataclass
-class Args:
-    # method
+class Method:
     annotations: str = ""
     """annotations.jsonl of another run or program, in place of stages 1 to 4 (its columns are in
     docs/rm_distiller.md)"""
     score: Literal["expected", "text"] = "expected"
-    """a score is its expectation over the ten that the teacher can give, or what its reply says"""
+    """expected: a score is its expectation over the ten that the teacher can give; text: it is what
+    the teacher's reply says"""
     sample_temperature: float = 1.0
-    """temperature of the teacher's answers and edits (playground; released code: 0.7, with top_p
-    0.8 and top_k 20)"""
+    """temperature of the teacher's answers and edits (tuned for the toy task; released code: 0.7,
+    with top_p 0.8 and top_k 20)"""
     refine: bool = True
     """learn the edit y_w* over y_l; if not, the better answer y_w as it is"""
     margin: bool = True
     """regress on the margin; if not, maximise the Bradley-Terry likelihood"""
     margin_scale: float = 0.3
-    """c, reward for a point of the teacher's scale (playground; released code: 1, with a learning
-    rate to match)"""
+    """c, reward for a point of the teacher's scale (tuned for the toy task; released code: 1, with
+    a learning rate to match)"""
     kl_coef: float = 0.1
-    """κ, weight of the KL on y_T (playground; released Python code: 1, its launcher: 0)"""
+    """κ, weight of the KL on the teacher's y_T (tuned for the toy task; released Python code: 1,
+    its launcher: 0)"""
     nll_coef: float = 0.0
-    """ν, weight of the likelihood of y_T, of use where two vocabularies forbid the KL (released
-    Python code: 1, its launcher: 0)"""
+    """ν, weight of the likelihood of the teacher's y_T, of use where two vocabularies forbid the KL
+    (released Python code: 1, its launcher: 0)"""
     best_of: int = 8
     """answers of the untrained student to a held-out prompt, of which the reward model picks one; 0
     leaves it out"""
 
-    # optimisation
+
+@dataclass
+class Optimisation:
     learning_rate: float = 5e-3
-    """of AdamW (playground; released code: 1e-5)"""
+    """learning rate of AdamW (tuned for the toy task; released code: 1e-5)"""
     num_epochs: int = 4
     """passes over the data"""
     max_steps: int = 0
@@ -277,13 +281,15 @@ class Args:
     warmup_ratio: float = 0.1
     """share of the steps in which the learning rate rises; after that a cosine brings it to 0"""
     weight_decay: float = 0.0
-    """of AdamW"""
+    """weight decay of AdamW"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
     seed: int = 1
     """seed of the data's order and of sampling"""
 
-    # models and data
+
+@dataclass
+class ModelsAndData:
     student: str = "playground/student"
     """model to train: a hub id or a folder"""
     teacher: str = "playground/teacher"
@@ -299,11 +305,13 @@ class Args:
     sample_batch_size: int = 256
     """responses sampled at a time"""
     device: str = ""
-    """cpu, cuda, cuda:1, ... (a GPU where there is one, if empty)"""
+    """cpu, cuda, cuda:1, ...; if empty, a GPU where there is one"""
     trust_remote_code: bool = False
-    """run code that comes with a hub model"""
+    """run the Python code that comes with a hub model on this machine: only where you trust it"""
 
-    # evaluation and output
+
+@dataclass
+class EvaluationAndOutput:
     eval_data: str = "playground/data/rm_test.jsonl"
     """held-out pairs; a column `subset` or `source` gives each of its values a line of its own"""
     eval_split: str = "test"
@@ -311,9 +319,9 @@ class Args:
     reward: str = "playground.world:reward"
     """what gives a response its reward: module:function (which is executed) or a reward model"""
     eval_prompts: int = 256
-    """held-out prompts of --best_of"""
+    """held-out prompts to which --best_of samples answers"""
     eval_temperature: float = 1.0
-    """temperature of these responses; 0 is greedy"""
+    """temperature of the responses of an evaluation; 0 is greedy"""
     eval_every: int = 50
     """optimiser steps between evaluations"""
     log_every: int = 10
@@ -321,11 +329,17 @@ class Args:
     save_every: int = 50
     """optimiser steps between checkpoints"""
     output_dir: str = ""
-    """folder of this run (runs/<script>__<seed>__<time>, if empty)"""
+    """folder of this run; if empty, runs/<script>__<seed>__<time>"""
     resume: str = ""
     """folder of a run that was interrupted; it goes on with the flags it had"""
     track: Literal["none", "tensorboard", "wandb"] = "none"
-    """where metrics go besides metrics.jsonl"""
+    """where metrics go besides metrics.jsonl; `pip install tensorboard` for the one, and
+    `pip install wandb tensorboard` for the other"""
+
+
+@dataclass
+class Args(EvaluationAndOutput, ModelsAndData, Optimisation, Method):
+    """The flags of all groups, read as args.seed. --help shows the last of these groups first."""
 
 
 def response_columns(args: Args) -> list[str]:
@@ -950,6 +964,6 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_flags(Args, __doc__)
     with exit_in_one_line(args):
         main(args)

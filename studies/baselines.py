@@ -40,7 +40,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
@@ -60,6 +59,7 @@ from common import (
     mean_reward,
     open_run,
     pack,
+    parse_flags,
     per_token,
     print_samples,
     print_summary,
@@ -121,20 +121,22 @@ DEFAULTS = {
 }
 
 
+# -------------------------------------------------------------------------------------------- flags
 @dataclass
-class Args:
-    # method
+class Method:
     loss: Literal["dpo", "simpo", "reverse_kl"] = "dpo"
-    """which baseline"""
+    """which baseline is trained"""
     beta: float = 0.0
-    """β of DPO and SimPO; 0 takes what suits --loss on the playground (DEFAULTS; papers: DPO 0.1,
-    SimPO 2.0 to 2.5)"""
+    """β of DPO and SimPO; 0 takes what was tuned for --loss on the toy task (DEFAULTS; papers: DPO
+    0.1, SimPO 2.0 to 2.5)"""
     simpo_gamma: float = 1.0
     """γ, the margin that SimPO asks for (paper: 0.3 to 1.6)"""
 
-    # optimisation
+
+@dataclass
+class Optimisation:
     learning_rate: float = 0.0
-    """of AdamW; 0 takes what suits --loss on the playground (DEFAULTS)"""
+    """learning rate of AdamW; 0 takes what was tuned for --loss on the toy task (DEFAULTS)"""
     num_epochs: int = 4
     """passes over the data"""
     max_steps: int = 0
@@ -150,13 +152,15 @@ class Args:
     warmup_ratio: float = 0.1
     """share of the steps in which the learning rate rises; after that a cosine brings it to 0"""
     weight_decay: float = 0.0
-    """of AdamW"""
+    """weight decay of AdamW"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
     seed: int = 1
     """seed of the data's order and of sampling"""
 
-    # models and data
+
+@dataclass
+class ModelsAndData:
     student: str = "playground/student"
     """model to train: a hub id or a folder"""
     teacher: str = "playground/teacher"
@@ -172,11 +176,13 @@ class Args:
     sample_batch_size: int = 256
     """responses sampled at a time"""
     device: str = ""
-    """cpu, cuda, cuda:1, ... (a GPU where there is one, if empty)"""
+    """cpu, cuda, cuda:1, ...; if empty, a GPU where there is one"""
     trust_remote_code: bool = False
-    """run code that comes with a hub model"""
+    """run the Python code that comes with a hub model on this machine: only where you trust it"""
 
-    # evaluation and output
+
+@dataclass
+class EvaluationAndOutput:
     eval_data: str = "playground/data/test.jsonl"
     """held-out rows, of which only the prompts are used"""
     eval_split: str = "test"
@@ -186,7 +192,7 @@ class Args:
     eval_prompts: int = 256
     """held-out prompts of an evaluation, with one response each"""
     eval_temperature: float = 1.0
-    """temperature of these responses; 0 is greedy"""
+    """temperature of the responses of an evaluation; 0 is greedy"""
     eval_every: int = 50
     """optimiser steps between evaluations"""
     log_every: int = 10
@@ -194,11 +200,17 @@ class Args:
     save_every: int = 50
     """optimiser steps between checkpoints"""
     output_dir: str = ""
-    """folder of this run (runs/<script>__<seed>__<time>, if empty)"""
+    """folder of this run; if empty, runs/<script>__<seed>__<time>"""
     resume: str = ""
     """folder of a run that was interrupted; it goes on with the flags it had"""
     track: Literal["none", "tensorboard", "wandb"] = "none"
-    """where metrics go besides metrics.jsonl"""
+    """where metrics go besides metrics.jsonl; `pip install tensorboard` for the one, and
+    `pip install wandb tensorboard` for the other"""
+
+
+@dataclass
+class Args(EvaluationAndOutput, ModelsAndData, Optimisation, Method):
+    """The flags of all groups, read as args.seed. --help shows the last of these groups first."""
 
 
 # --------------------------------------------------------------------------------------- terms of L
@@ -443,6 +455,6 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_flags(Args, __doc__)
     with exit_in_one_line(args):
         main(args)

@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-import tyro
 
 import pad
-from common import exit_in_one_line, stop
+from common import exit_in_one_line, parse_flags, stop
 
 
 # -------------------------------------------------------------------------------------- mathematics
@@ -110,7 +109,7 @@ def main(words: list[str]):
     # The script must have such a function, or the replacement would change nothing.
     assert callable(getattr(script, variant.function_name))
     setattr(script, variant.function_name, variant.replacement)
-    args = tyro.cli(script.Args, args=variant.flags + words[1:])
+    args = parse_flags(script.Args, script.__doc__, variant.flags + words[1:])
     with exit_in_one_line(args):
         script.main(args)
 

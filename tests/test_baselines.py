@@ -310,10 +310,10 @@ def test_r33_a_gradient_that_is_not_finite_ends_the_run_as_well(pairs, tmp_path,
 
 
 def shared_flags(path: str) -> dict[str, str]:
-    """{flag: its line and its help} of those below `# optimisation`."""
+    """{flag: its line and its help} of those of Optimisation and the groups below it."""
     text = (ROOT / path).read_text()
-    start = text.index("    # optimisation\n")
-    end = text.index("\n\n\n", start)
+    start = text.index("class Optimisation:\n")
+    end = text.index("class Args(", start)
     return dict(re.findall(r'^    (\w+): (.*?""")$', text[start:end], re.M | re.S))
 
 

@@ -12,12 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import tyro
 from conftest import SCRIPTS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common import LM, encode_rows, read_rows
+from common import LM, encode_rows, parse_flags, read_rows
 
 LIMITS = SimpleNamespace(max_prompt_tokens=64, max_response_tokens=64)
 COLUMNS = ["chosen", "rejected"]
@@ -236,6 +235,6 @@ def test_r47_flags_of_the_wrong_kind_and_unknown_flags_are_refused(script, capsy
 
     for words in command_lines:
         with pytest.raises(SystemExit) as stopped:
-            tyro.cli(module.Args, args=words)
+            parse_flags(module.Args, module.__doc__, words)
         assert stopped.value.code == 2, words
         assert "Traceback" not in capsys.readouterr().err, words

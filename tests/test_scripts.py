@@ -661,16 +661,22 @@ def flags_read_in(text: str) -> set[str]:
     return names
 
 
+# The classes of flags that Args inherits. Each is a group in --help.
+FLAG_GROUPS = ["Method", "Optimisation", "ModelsAndData", "EvaluationAndOutput"]
+
+
 @every_script
 def test_r47_every_flag_is_read_and_every_flag_that_is_read_exists(script):
-    tree = ast.parse(source(script))
-    [args] = [node for node in tree.body if getattr(node, "name", "") == "Args"]
-    fields = {node.target.id for node in args.body if isinstance(node, ast.AnnAssign)}
+    fields = set()
+    described = []
+    for node in ast.parse(source(script)).body:
+        if getattr(node, "name", "") in FLAG_GROUPS:
+            fields |= {flag.target.id for flag in node.body if isinstance(flag, ast.AnnAssign)}
+            described += [text for text in node.body if isinstance(text, ast.Expr)]
     read = flags_read_in(source(script))
     assert read <= fields
     # What a script does not read itself, common.py reads for it.
     assert fields <= read | flags_read_in((ROOT / "common.py").read_text())
-    described = [node for node in args.body if isinstance(node, ast.Expr)]
     assert len(described) == len(fields)
 
 
@@ -682,10 +688,9 @@ def test_a_script_has_the_order_that_readers_expect(script):
     order = [
         "import torch",
         "- mathematics\n",
-        "class Args:",
-        "    # method\n",
-        "    # optimisation\n",
     ]
+    order += [f"class {group}:\n" for group in FLAG_GROUPS]
+    order += ["class Args(EvaluationAndOutput, ModelsAndData, Optimisation, Method):\n"]
     order += [f"def {script}_terms(", "def main(", "    for step in ", 'if __name__ == "__main__":']
     places = [text.index(part) for part in order]
     assert places == sorted(places)
@@ -695,10 +700,10 @@ def test_a_script_has_the_order_that_readers_expect(script):
 
 
 def shared_flags(script: str) -> dict[str, str]:
-    """{flag: its line and its help} of those below `# optimisation`."""
+    """{flag: its line and its help} of those of Optimisation and the groups below it."""
     text = source(script)
-    start = text.index("    # optimisation\n")
-    end = text.index("\n\n\n", start)
+    start = text.index("class Optimisation:\n")
+    end = text.index("class Args(", start)
     entries = re.findall(r'^    (\w+): (.*?""")$', text[start:end], re.M | re.S)
     return dict(entries)
 
