@@ -325,7 +325,7 @@ def evaluate(rows: list[dict], seed: int, lm: LM, reward_fn, args: Args) -> list
 # --------------------------------------------------------------------------------------------- main
 def main(args: Args):
     started = time.time()
-    args, run_dir = open_run(args, "adpa")
+    args, run_dir = open_run(args, __file__)
     check_flags(args, at_least_0=["gamma", "top_k", "sample_temperature"])
     if args.advantage_clip and not args.advantage_clip[0] < args.advantage_clip[1]:
         stop(f"--advantage_clip {args.advantage_clip} must be a lower and a higher bound")

@@ -24,6 +24,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import math
 import pickle
@@ -44,6 +45,7 @@ import jinja2
 import torch
 import transformers
 import tyro
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -866,22 +868,26 @@ def print_any_character():
 @contextmanager
 def exit_in_one_line(args):
     """Ctrl-C and a full disk end the program with one line that says how to go on. Every other
-    error keeps its traceback."""
+    error keeps its traceback. A run that ends before its first stage leaves no folder behind."""
     try:
         yield
     except KeyboardInterrupt:
-        folder = Path(args.resume or args.output_dir or "nowhere")
-        if (folder / "args.json").exists():
-            advice = f"finished stages and checkpoints are kept: go on with --resume {folder}"
-        else:
-            advice = "nothing was written yet"
-        tqdm.write(f"interrupted; {advice}", file=sys.stderr)
+        tqdm.write(f"interrupted; {how_to_go_on(args)}", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
-        folder = args.resume or args.output_dir
-        stop(f"{error}; finished stages are kept: --resume {folder} when there is room")
+        stop(f"{error}; {how_to_go_on(args)}")
+    finally:
+        if args.output_dir or args.resume:
+            leave_folder(Path(args.resume or args.output_dir), is_new=not args.resume)
+
+
+def how_to_go_on(args) -> str:
+    folder = Path(args.resume or args.output_dir or "nowhere")
+    if args.resume or has_results(folder):
+        return f"finished stages and checkpoints are kept: go on with --resume {folder}"
+    return "nothing was written yet"
 
 
 def check_flags(args, at_least_0: list[str]):
@@ -901,20 +907,25 @@ def check_flags(args, at_least_0: list[str]):
             stop(f"--track {args.track} needs a package: pip install {package}")
 
 
+# What is in a run's folder before its first stage has a result.
+LOCK = "run.lock"
+WRITTEN_FIRST = {LOCK, "args.json", "args.json.partial"}
+LOCKS = {}  # of the run folders that this process has
+
+
 def open_run(args, script: str):
     """(args, folder) of a new run, or of the run that --resume names, with the flags it began with.
 
-    The folder is made later, by `save_flags`: a run that cannot load its models leaves nothing
-    behind. A run that is finished stays as it is, and the program ends.
+    `script` is the file of the script, after which a run is named. The folder is made at once, and
+    no other process gets it while this one runs. A run that is finished stays as it is, and the
+    program ends.
     """
     if not args.resume:
-        args.output_dir = args.output_dir or f"runs/{script}__{args.seed}__{int(time.time())}"
-        folder = Path(args.output_dir)
-        if folder.is_file():
-            stop(f"--output_dir {folder}: Not a directory")
-        if folder.exists() and any(folder.iterdir()):
-            stop(f"{folder} is not empty; --resume it, remove it, or take another --output_dir")
-        return args, folder
+        if args.output_dir:
+            new_folder(Path(args.output_dir))
+        else:
+            args.output_dir = str(new_named_folder(f"{Path(script).stem}__{args.seed}"))
+        return args, Path(args.output_dir)
 
     folder = Path(args.resume)
     if args != type(args)(resume=args.resume):
@@ -926,13 +937,86 @@ def open_run(args, script: str):
     if (folder / "summary.json").exists():
         print(f"{folder} is finished, nothing is changed; its results are in summary.json")
         raise SystemExit(0)
+    take_folder(folder)
     return saved_args, folder
 
 
-def save_flags(run_dir: Path, args):
-    """Makes the run folder and writes args.json."""
+def new_named_folder(name: str) -> Path:
+    """Makes and takes runs/<name>__<time>, or runs/<name>__<time>_2, ... where another run that
+    began in the same second has that."""
+    first = f"runs/{name}__{int(time.time())}"
+    for number in itertools.count(1):
+        suffix = f"_{number}" if number > 1 else ""
+        folder = Path(first + suffix)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            stop(f"cannot write to {folder}: {error}")
+        take_folder(folder)
+        return folder
+
+
+def new_folder(folder: Path):
+    """Makes and takes a folder of a given name. It may exist if it is empty, or if a run that was
+    killed before its first stage left it."""
+    if folder.is_file():
+        stop(f"--output_dir {folder}: Not a directory")
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        is_free = not any(folder.iterdir())
+    except OSError as error:
+        stop(f"cannot write to {folder}: {error}")
+    if not is_free:
+        is_free = (folder / LOCK).exists() and not has_results(folder)
+    if not is_free:
+        stop(f"{folder} is not empty; --resume it, remove it, or take another --output_dir")
+    take_folder(folder)
+
+
+def take_folder(folder: Path):
+    """Locks a folder until this process ends, in whatever way. Ends the program if another process
+    has it. (The package filelock comes with torch.)"""
+    if folder in LOCKS:
+        return
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        stop(f"another run is using {folder}, which is still going on")
+    except OSError as error:
+        stop(f"cannot write to {folder}: {error}")
+    LOCKS[folder] = lock
+
+
+def leave_folder(folder: Path, is_new: bool):
+    """Unlocks a folder if this process has it. A new one without results is removed."""
+    lock = LOCKS.pop(folder, None)
+    if lock is None:
+        return
+    is_unused = is_new and not has_results(folder)
+    (folder / LOCK).unlink(missing_ok=True)
+    lock.release()
+    if is_unused:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def has_results(folder: Path) -> bool:
+    """Whether there is more in a run's folder than what is written before the first stage, and
+    files that a stage has only opened."""
+    if not folder.exists():
+        return False
+    for path in folder.iterdir():
+        is_empty = path.suffix == ".jsonl" and path.stat().st_size == 0
+        if path.name not in WRITTEN_FIRST and not is_empty:
+            return True
+    return False
+
+
+def save_flags(run_dir: Path, args):
+    """Writes args.json, without which a run cannot be resumed."""
+    try:
         partial_path = run_dir / "args.json.partial"
         partial_path.write_text(json.dumps(asdict(args), indent=1))
         partial_path.replace(run_dir / "args.json")

@@ -267,7 +267,7 @@ def evaluate(rows: list[dict], seed: int, lm: LM, reward_fn, args: Args) -> list
 # --------------------------------------------------------------------------------------------- main
 def main(args: Args):
     started = time.time()
-    args, run_dir = open_run(args, "dckd")
+    args, run_dir = open_run(args, __file__)
     check_flags(args, at_least_0=["kl_chosen", "kl_rejected", "top_k"])
 
     # ------------------------------------------------------------------------------ models and data

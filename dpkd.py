@@ -467,7 +467,7 @@ def has_collapsed(before: dict[str, float], now: dict[str, float]) -> bool:
 # --------------------------------------------------------------------------------------------- main
 def main(args: Args):
     started = time.time()
-    args, run_dir = open_run(args, "dpkd")
+    args, run_dir = open_run(args, __file__)
     check_flags(
         args, at_least_0=["beta", "refresh_every", "teacher_answers", "sft_coef", "lm_coef"]
     )

@@ -616,7 +616,7 @@ def evaluate(rows: list[dict], seed: int, lm: LM, reward_fn, args: Args) -> list
 # --------------------------------------------------------------------------------------------- main
 def main(args: Args):
     started = time.time()
-    args, run_dir = open_run(args, "pad")
+    args, run_dir = open_run(args, __file__)
     flags = ["beta", "alpha", "num_answers", "rounds", "num_samples", "sample_temperature"]
     check_flags(args, at_least_0=[*flags, "max_rows"])
     check_answers(args)

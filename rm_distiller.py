@@ -830,7 +830,7 @@ def print_accuracy(before: dict[str, list[float]], after: dict[str, list[float]]
 # --------------------------------------------------------------------------------------------- main
 def main(args: Args):
     started = time.time()
-    args, run_dir = open_run(args, "rm_distiller")
+    args, run_dir = open_run(args, __file__)
     check_flags(
         args,
         at_least_0=["sample_temperature", "margin_scale", "kl_coef", "nll_coef", "best_of"],

@@ -338,7 +338,7 @@ def evaluate(rows: list[dict], seed: int, lm: LM, reward_fn, args: Args) -> list
 # --------------------------------------------------------------------------------------------- main
 def main(args: Args):
     started = time.time()
-    args, run_dir = open_run(args, args.loss)
+    args, run_dir = open_run(args, __file__)
     check_flags(args, at_least_0=["beta", "simpo_gamma"])
     for name, value in DEFAULTS[args.loss].items():
         if getattr(args, name) == 0:

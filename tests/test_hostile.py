@@ -16,7 +16,7 @@ from conftest import SCRIPTS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common import LM, encode_rows, parse_flags, read_rows
+from common import LM, encode_rows, exit_in_one_line, parse_flags, read_rows
 
 LIMITS = SimpleNamespace(max_prompt_tokens=64, max_response_tokens=64)
 COLUMNS = ["chosen", "rejected"]
@@ -191,6 +191,12 @@ def flag_types(script: str) -> dict:
     return typing.get_type_hints(importlib.import_module(script).Args)
 
 
+def as_a_program(module, args):
+    """What a script does behind its last line."""
+    with exit_in_one_line(args):
+        module.main(args)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_r47_nonsense_numbers_are_refused_before_anything_is_written(
@@ -203,13 +209,13 @@ def test_r47_nonsense_numbers_are_refused_before_anything_is_written(
     for name in numbers:
         for value in NONSENSE:
             args = module.Args(student="/nowhere", **{name: value})
-            _, error = result_or_error_line(capsys, module.main, args)
+            _, error = result_or_error_line(capsys, as_a_program, module, args)
             # The flag, what it was, and what it may be.
             assert f"--{name} {value} must be" in error
             assert re.search(r"at least \d|between \d", error), error
 
     assert len(numbers) > 15
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.rglob("*")) == [tmp_path / "runs"]
 
 
 def wrong_words(name: str, kind) -> list[str]:

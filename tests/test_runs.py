@@ -1,0 +1,250 @@
+"""A run has its folder for itself, is what it was when it is resumed, and knows its limits before
+any work."""
+
+import contextlib
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY_RUN, command_line, one_error_line, run_script
+
+import adpa
+from common import exit_in_one_line, open_run
+
+
+@pytest.fixture
+def tiny_flags(checkpoints, pairs) -> dict:
+    """The flags of `run_tiny`, without a folder."""
+    models = {"student": checkpoints["student"], "teacher": checkpoints["teacher"]}
+    return {**models, "data": pairs, "eval_data": pairs, **TINY_RUN}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file in a folder."""
+    files = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            files[str(path.relative_to(folder))] = path.read_bytes()
+    return files
+
+
+# -------------------------------------------------------------------- a run has a folder for itself
+def opened(**flags) -> Path:
+    _, folder = open_run(adpa.Args(**flags), "some/where/fork.py")
+    return folder
+
+
+def test_r72_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "time", lambda: 1700000000.5)
+
+    folders = [opened(), opened(), opened(seed=2), opened()]
+
+    assert [str(folder) for folder in folders] == [
+        "runs/fork__1__1700000000",
+        "runs/fork__1__1700000000_2",
+        "runs/fork__2__1700000000",
+        "runs/fork__1__1700000000_3",
+    ]
+    assert all(folder.is_dir() for folder in folders)
+
+
+# Another process that has a run folder. It says so, and ends with its standard input.
+HAS_THE_FOLDER = """
+import sys
+from filelock import FileLock
+lock = FileLock(sys.argv[1] + "/run.lock")
+lock.acquire(timeout=0)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def another_process():
+    """another_process(folder) has the folder until the test ends."""
+    processes = []
+
+    def take(folder: Path) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HAS_THE_FOLDER, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        assert process.stdout.readline() == "locked\n"
+        return process
+
+    yield take
+    for process in processes:
+        process.communicate()
+
+
+def program(**flags):
+    """What every script does behind its last line, up to where it has its folder."""
+    args = adpa.Args(**flags)
+    with exit_in_one_line(args):
+        open_run(args, "adpa.py")
+
+
+def test_r72_a_folder_that_another_process_has_is_refused_and_stays(
+    tmp_path, another_process, capsys
+):
+    run = tmp_path / "run"
+    run.mkdir()
+    process = another_process(run)
+    before = contents(run)
+
+    error = one_error_line(capsys, program, output_dir=str(run))
+
+    assert f"another run is using {run}" in error
+    assert contents(run) == before
+    # Killed, it leaves its lock behind. The same command works then.
+    process.kill()
+    process.wait()
+    assert contents(run) == before
+    with pytest.raises(ZeroDivisionError), exit_in_one_line(adpa.Args(output_dir=str(run))):
+        opened(output_dir=str(run))
+        raise ZeroDivisionError
+    assert not run.exists()
+
+
+def test_r72_a_run_is_resumed_by_one_process_at_a_time(run_tiny, another_process, tmp_path, capsys):
+    run = run_tiny("dckd")
+    (run / "summary.json").unlink()
+    another_process(run)
+    before = contents(run)
+
+    assert run_script("dckd", resume=run) == 2
+
+    assert f"another run is using {run}" in capsys.readouterr().err
+    assert contents(run) == before
+
+
+@pytest.mark.slow
+def test_r72_of_two_equal_commands_at_once_one_is_refused(tiny_flags, tmp_path):
+    run = tmp_path / "run"
+    words = command_line({**tiny_flags, "output_dir": run})
+    processes = []
+    for _ in range(2):
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "dckd.py", *words],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+
+    assert sorted(process.returncode for process in processes) == [0, 2], errors
+    refused = errors[[process.returncode for process in processes].index(2)]
+    assert str(run) in refused
+    assert (run / "summary.json").exists()
+
+
+def test_r72_a_run_is_named_after_the_file_that_made_it(tiny_flags, tmp_path, monkeypatch):
+    fork = shutil.copy(ROOT / "dckd.py", tmp_path / "fork.py")
+    words = [str(fork), *command_line(tiny_flags)]
+    monkeypatch.setattr(sys, "argv", words)
+
+    with contextlib.chdir(tmp_path):
+        runpy.run_path(words[0], run_name="__main__")
+
+    [run] = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("fork__1__")
+    assert (run / "model").is_dir()
+    assert not (run / "run.lock").exists()
+
+
+# ------------------------------------------------------------- what a run that failed leaves behind
+def test_r73_a_run_that_fails_before_its_first_stage_leaves_nothing(tiny_flags, tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = {**tiny_flags, "output_dir": run}
+
+    assert run_script("dckd", **{**flags, "teacher": "/no/teacher"}) == 2
+    assert not run.exists()
+    assert run_script("dckd", **{**flags, "data": "/no/data.jsonl"}) == 2
+    assert not run.exists()
+    # A function of one's own that fails when it is first called: the flags are written by then.
+    with pytest.raises(TypeError):
+        run_script("dckd", **{**flags, "reward": "math:isfinite"})
+    assert not run.exists()
+
+    assert run_script("dckd", **flags) == 0
+    assert (run / "model").is_dir()
+
+
+@pytest.mark.parametrize("moment", ["flags written", "stage opened"])
+def test_r73_a_run_that_was_killed_before_its_first_stage_does_not_block_its_command(
+    moment, tiny_flags, tmp_path
+):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.lock").touch()
+    (run / "args.json").write_text("{}")
+    if moment == "stage opened":
+        (run / "eval_before.jsonl").touch()
+
+    assert run_script("dckd", **tiny_flags, output_dir=run) == 0
+
+    assert (run / "summary.json").exists()
+
+
+FOREIGN = {
+    "another program's flags": {"args.json": "{}"},
+    "a result": {"run.lock": "", "args.json": "{}", "eval_before.jsonl": '{"id": "1"}\n'},
+    "notes": {"run.lock": "", "notes.txt": ""},
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_r73_a_folder_that_holds_more_is_refused_and_nothing_in_it_is_touched(
+    case, tmp_path, capsys
+):
+    for name, text in FOREIGN[case].items():
+        (tmp_path / name).write_text(text)
+    before = contents(tmp_path)
+
+    error = one_error_line(capsys, program, output_dir=str(tmp_path))
+
+    assert "is not empty" in error
+    assert contents(tmp_path) == before
+
+
+def test_r73_a_resumed_run_that_fails_keeps_its_folder(run_tiny, capsys):
+    run = run_tiny("dckd")
+    (run / "summary.json").unlink()
+    before = contents(run)
+    args = (run / "args.json").read_text()
+    (run / "args.json").write_text(args.replace('"teacher": "', '"teacher": "/no'))
+
+    assert run_script("dckd", resume=run) == 2
+
+    assert contents(run).keys() == before.keys()
+
+
+def test_r73_ctrl_c_before_the_first_stage_leaves_nothing_and_later_names_the_folder(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for results, farewell in (("", "nothing was written yet"), ("{}\n", "go on with --resume ")):
+        args = adpa.Args()
+        with pytest.raises(SystemExit) as stopped, exit_in_one_line(args):
+            _, folder = open_run(args, "adpa.py")
+            (folder / "eval_before.jsonl").write_text(results)
+            raise KeyboardInterrupt
+        error = capsys.readouterr().err
+        assert stopped.value.code == 130
+        assert error.count("\n") == 1
+        assert error.startswith("interrupted; ")
+        assert farewell in error
+        assert (str(folder) in error) == folder.exists() == bool(results)
