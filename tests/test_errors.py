@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, command_line, first_rows, read_jsonl, run_script
+from conftest import ROOT, SCRIPTS, ScriptProcess, command_line, first_rows, read_jsonl, run_script
 
 import common
 from common import read_rows
@@ -74,10 +74,17 @@ def run_with_reward(code: str, folder: Path) -> tuple[int, str, str]:
     return run_python("adpa.py", *flags, PYTHONPATH=str(folder))
 
 
-def test_a_reward_function_that_raises_shows_its_own_file_and_line(tmp_path):
-    code, _, err = run_with_reward(HAS_A_BUG, tmp_path)
+def test_a_reward_function_that_raises_shows_its_own_file_and_line(tmp_path, monkeypatch):
+    (tmp_path / "my_reward.py").write_text(HAS_A_BUG)
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = {"data": first_rows("train", 64, tmp_path), "eval_prompts": 4}
 
-    assert code == 1
+    process = ScriptProcess(
+        "adpa", {**flags, "reward": "my_reward:reward", "output_dir": tmp_path / "run"}
+    )
+
+    assert process.wait(100) == 1
+    err = process.output()
     assert f'File "{tmp_path}/my_reward.py", line 4, in reward' in err
     assert re.search(r"^KeyError: ", err, re.MULTILINE)
     assert "while judging 4 responses with --reward my_reward:reward" in err

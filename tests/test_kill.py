@@ -1,15 +1,12 @@
 """Runs that are killed at random moments, in every stage, end with the weights of a run that was
 not, bit for bit."""
 
-import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRIPTS, command_line, first_rows, read_jsonl
+from conftest import SCRIPTS, ScriptProcess, first_rows, read_jsonl
 
 SHORT = {
     "max_steps": 12,
@@ -25,35 +22,22 @@ SHORT = {
 OWN_FLAGS = {"dpkd": {"refresh_every": 5}}
 
 
-def start(script: str, flags: dict) -> subprocess.Popen:
-    """`python <script>.py <flags>` in the background, on one core."""
-    return subprocess.Popen(
-        [sys.executable, f"{script}.py", *command_line(flags)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def finish(script: str, flags: dict) -> float:
+    """Runs a script to its end. Returns the seconds that it took."""
+    process = ScriptProcess(script, flags)
+    started = time.time()
+    assert process.wait(300) == 0, process.output()[-2000:]
+    return time.time() - started
 
 
-def finish(script: str, flags: dict):
-    """Runs a script to its end."""
-    process = start(script, flags)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-2000:]
-
-
-def kill_after(seconds: float, script: str, flags: dict):
-    """Starts a script and kills it, unless it has come to its end by then."""
-    process = start(script, flags)
-    try:
-        _, errors = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
+def kill_after(seconds: float, script: str, flags: dict) -> bool:
+    """Starts a script and kills it. False if it had come to its end by then."""
+    process = ScriptProcess(script, flags)
+    if process.wait(seconds) is None:
         process.kill()
-        process.communicate()
-        return
-    assert process.returncode == 0, errors[-2000:]
+        return True
+    assert process.wait(0) == 0, process.output()[-2000:]
+    return False
 
 
 def flags_to_go_on(run: Path, flags: dict) -> dict:
@@ -81,23 +65,17 @@ def kill_often(script: str, kills: int, folder: Path, seed: int):
     moments = random.Random(seed)
     seen = []  # the files of the run after every kill, for the message of a failure
 
-    started = time.time()
-    finish(script, {**flags, "output_dir": whole})
-    seconds = time.time() - started
+    seconds = finish(script, {**flags, "output_dir": whole})
     for _ in range(kills):
-        kill_after(moments.uniform(0.3, 1.0) * seconds, script, flags_to_go_on(killed, flags))
-        seen.append(sorted(path.name for path in killed.glob("*")))
+        moment = moments.uniform(0.1, 0.5) * seconds
+        if kill_after(moment, script, flags_to_go_on(killed, flags)):
+            seen.append(sorted(path.name for path in killed.glob("*")))
+    assert seen, "the run came to its end before every kill"
     finish(script, flags_to_go_on(killed, flags))
 
     assert metrics_without_clock(killed) == metrics_without_clock(whole), seen
     weights = [(run / "model/model.safetensors").read_bytes() for run in (killed, whole)]
     assert weights[0] == weights[1], seen
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_r36_two_kills(script, tmp_path):
-    kill_often(script, 2, tmp_path, seed=1)
 
 
 @pytest.mark.slow

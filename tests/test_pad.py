@@ -5,12 +5,8 @@ tokenizer."""
 import itertools
 import json
 import math
-import os
 import random
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -18,7 +14,7 @@ import pytest
 import torch
 from conftest import (
     ROOT,
-    command_line,
+    ScriptProcess,
     first_gradient,
     first_rows,
     make_model,
@@ -893,32 +889,19 @@ ROUNDS = {
 }
 
 
-def start(**flags) -> subprocess.Popen:
-    """pad.py in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "pad.py", *command_line(flags)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def lines_in(path) -> int:
     if not path.exists():
         return 0
     return path.read_bytes().count(b"\n")
 
 
-def kill_in(process: subprocess.Popen, path, lines=2) -> int:
+def kill_in(process: ScriptProcess, path, lines=2) -> int:
     """SIGKILL once so many lines of a file are written. Returns how many there are."""
     deadline = time.time() + 200
     while lines_in(path) < lines:
-        assert process.poll() is None and time.time() < deadline, process.communicate()[0]
+        assert process.is_running() and time.time() < deadline, process.output()
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.kill()
     return lines_in(path)
 
 
@@ -969,17 +952,16 @@ def test_r36_rounds_and_runs_that_are_killed_in_every_stage_of_them(tmp_path):
     assert logged == pytest.approx([share_kept(first, 64)] * 6 + [share_kept(second, 64)] * 6)
 
     # The answers of the second round are of a student that is kept.
-    process = start(**flags, output_dir=run)
+    process = ScriptProcess("pad", {**flags, "output_dir": run})
     for name, step in (("scores_1.jsonl", -1), ("samples_2.jsonl", 6), ("scores_2.jsonl", 6)):
         assert 1 < kill_in(process, run / name) < counts[name], name
         assert saved_step(run) == step
-        process = start(resume=run)
+        process = ScriptProcess("pad", {"resume": run})
     # In the midst of the second round.
     assert kill_in(process, run / "metrics.jsonl", lines=10) < 12
     assert saved_step(run) == 8
-    process = start(resume=run)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
+    process = ScriptProcess("pad", {"resume": run})
+    assert process.wait(200) == 0, process.output()
 
     assert_same_weights(run, whole)
     for name in counts:

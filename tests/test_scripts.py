@@ -7,12 +7,9 @@ import contextlib
 import io
 import json
 import math
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +20,7 @@ import transformers
 from conftest import (
     ROOT,
     SCRIPTS,
-    command_line,
+    ScriptProcess,
     first_rows,
     make_model,
     make_tokenizer,
@@ -89,17 +86,6 @@ def flags_of(script: str, folder: Path) -> dict:
     if script == "rm_distiller":
         flags["eval_data"] = first_rows("rm_test", 96, folder)
     return flags
-
-
-def start(script: str, **flags) -> subprocess.Popen:
-    """The script in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, f"{script}.py", *command_line(flags)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.fixture(scope="session")
@@ -275,15 +261,14 @@ def test_the_methods_page_describes_every_metric_and_every_file(script, whole_ru
 
 
 # ---------------------------------------------------------------------------------- kill and resume
-def kill_when(process: subprocess.Popen, path: Path, reached) -> None:
+def kill_when(process: ScriptProcess, path: Path, reached) -> None:
     """SIGKILL as soon as reached(the lines of the file at `path`)."""
     deadline = time.time() + 200
     while not (path.exists() and reached(path.read_bytes().splitlines())):
-        assert process.poll() is None and time.time() < deadline, process.communicate()[1]
+        assert process.is_running() and time.time() < deadline, process.output()
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.kill()
+    assert process.wait(0) == -signal.SIGKILL
 
 
 def has_two_lines(lines: list[bytes]) -> bool:
@@ -301,13 +286,15 @@ def test_r36_a_killed_run_ends_with_the_same_bits_as_an_uninterrupted_one(
     whole, _, flags = whole_runs(script)
     run = tmp_path / "run"
     stage = run_of(script).killed_in
-    kill_when(start(script, **flags, output_dir=run), run / stage, has_two_lines)
+    process = ScriptProcess(script, {**flags, "output_dir": run})
+    kill_when(process, run / stage, has_two_lines)
     rows = len((whole / stage).read_text().splitlines())
     assert 1 < len((run / stage).read_bytes().splitlines()) < rows
     with (run / stage).open("a") as file:  # a line that the kill cut off (r34)
         file.write('{"id": "half a li')
 
-    kill_when(start(script, resume=run), run / "metrics.jsonl", has_step_8)
+    process = ScriptProcess(script, {"resume": run})
+    kill_when(process, run / "metrics.jsonl", has_step_8)
     assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] in (5, 10)
     assert not (run / "model").exists()
     (run / "checkpoint.pt.partial").write_bytes(b"half a checkpoint")
