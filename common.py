@@ -459,12 +459,13 @@ def pack(examples: list[Example], *models: LM) -> Batch:
 
     A response looks at the prompt (segment 0) and at itself, never at another response. Its
     positions go on from the prompt's. So it sees what it would see alone. Models that cannot do
-    that get one response per row. AssertionError if a response has no token.
+    that get one response per row. ValueError if a response has no token.
     """
     longest = 0
     for example in examples:
         for response in example.response_ids:
-            assert response, "a response without tokens"
+            if not response:
+                raise ValueError("a response without tokens")
             longest = max(longest, len(example.prompt_ids) + len(response))
     if not all(lm.share_prefix and longest <= lm.sliding_window for lm in models):
         examples = one_response_per_example(examples)

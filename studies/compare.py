@@ -265,7 +265,8 @@ def execute_all(names: list[str], seeds: range, output_dir: Path, at_once: int):
                 name, seed = ready
                 running[pool.submit(execute, name, seed, output_dir)] = ready
                 ready = first_ready(waiting, finished)
-            assert running, f"what these need is not among the names: {waiting}"
+            if not running:
+                raise ValueError(f"what these need is not among the names: {waiting}")
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 future.result()  # raises what ended a run that failed

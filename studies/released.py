@@ -107,7 +107,8 @@ def main(words: list[str]):
     variant = VARIANTS[words[0]]
     script = importlib.import_module(variant.script)
     # The script must have such a function, or the replacement would change nothing.
-    assert callable(getattr(script, variant.function_name))
+    if not callable(getattr(script, variant.function_name, None)):
+        raise ValueError(f"{variant.script}.py has no function {variant.function_name}")
     setattr(script, variant.function_name, variant.replacement)
     args = parse_flags(script.Args, script.__doc__, variant.flags + words[1:])
     with exit_in_one_line(args):

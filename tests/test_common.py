@@ -194,7 +194,7 @@ def test_eager_attention_gets_an_additive_mask(load):
 
 
 def test_r11_empty_responses_cannot_be_packed(load):
-    with pytest.raises(AssertionError, match="without tokens"):
+    with pytest.raises(ValueError, match="without tokens"):
         pack([Example({"id": "1"}, [1, 2], [[3], []])], load("student"))
 
 

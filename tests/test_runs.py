@@ -1,6 +1,7 @@
 """A run has its folder for itself, is what it was when it is resumed, and knows its limits before
 any work."""
 
+import ast
 import contextlib
 import os
 import runpy
@@ -15,6 +16,10 @@ from conftest import ROOT, TINY_RUN, command_line, one_error_line, run_script
 
 import adpa
 from common import exit_in_one_line, open_run
+
+CODE = []
+for pattern in ("*.py", "studies/*.py", "playground/*.py", "benchmarks/*.py"):
+    CODE += [path.relative_to(ROOT) for path in sorted(ROOT.glob(pattern))]
 
 
 @pytest.fixture
@@ -248,3 +253,43 @@ def test_r73_ctrl_c_before_the_first_stage_leaves_nothing_and_later_names_the_fo
         assert error.startswith("interrupted; ")
         assert farewell in error
         assert (str(folder) in error) == folder.exists() == bool(results)
+
+
+# ------------------------------------------------------------------------------------ guards and -O
+@pytest.mark.parametrize("path", CODE, ids=str)
+def test_r74_no_guard_is_an_assert_statement(path):
+    """`python -O` leaves assert statements out."""
+    lines = []
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Assert):
+            lines.append(node.lineno)
+    assert lines == []
+
+
+# A step on a response without tokens, and a language model without a head as a judge.
+TWO_GUARDS = """
+import sys
+import torch
+from common import LM, Example, load_reward_function, pack
+assert False, "assert statements are left out"
+device = torch.device("cpu")
+lm = LM(sys.argv[1], device)
+try:
+    pack([Example({}, [1], [[]])], lm)
+except ValueError as error:
+    print(error)
+load_reward_function(sys.argv[1], device)
+"""
+
+
+def test_r74_guards_hold_under_python_O(checkpoints):
+    process = subprocess.run(
+        [sys.executable, "-O", "-c", TWO_GUARDS, checkpoints["teacher"]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert process.stdout == "a response without tokens\n"
+    assert process.returncode == 2, process.stderr
+    assert process.stderr.startswith("error: cannot load a model")
+    assert "score.weight" in process.stderr
