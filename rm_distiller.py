@@ -449,11 +449,12 @@ def add_reward_head(student: LM, seed: int):
 
 
 def save_reward_model(student: LM, folder: Path):
-    """Writes the student so that transformers can load it as a sequence classifier with one label.
+    """Writes the student as a sequence classifier with one label, which other programs read right.
 
-    transformers reads the score of a classifier at the last token that is not the padding token.
-    Many models pad with a token that also ends a response. With such a token the score would be
-    read a token too early, so padding gets a token of its own, and the embeddings a row for it.
+    They render a chat as text, turn it into token ids, with or without the tokenizer's special
+    tokens, and pad. transformers then reads the score at the last token that is not the padding
+    token. So padding has a token of its own, nothing comes after the end-of-turn, and the template
+    alone writes the begin-of-sequence token.
     """
     tokenizer = student.tokenizer
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in student.eos_ids:
@@ -461,10 +462,62 @@ def save_reward_model(student: LM, folder: Path):
         rows = student.model.get_input_embeddings().weight.shape[0]
         if rows < len(tokenizer):
             student.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    # The config tells transformers how many scores there are, and which token is padding.
-    student.model.config.num_labels = 1
-    student.config.pad_token_id = tokenizer.pad_token_id
+    if tokenizer.chat_template:
+        tokenizer.chat_template = classifier_template(student)
+        if tokenizer.is_fast:
+            tokenizer.backend_tokenizer.post_processor = None
+        for name in ("add_bos_token", "add_eos_token"):
+            tokenizer.init_kwargs[name] = False
     save_model(student, folder)
+
+    classifier = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(student.model.config)]
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["architectures"] = [classifier.__name__]
+    config["id2label"] = {0: "reward"}
+    config["label2id"] = {"reward": 0}
+    # The text-classification pipeline takes the sigmoid of one score, unless it is a regression.
+    config["problem_type"] = "regression"
+    config["pad_token_id"] = tokenizer.pad_token_id
+    if "text_config" in config:
+        config["text_config"]["pad_token_id"] = tokenizer.pad_token_id
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+# {% set %} captures what the model's own template renders. The plus signs keep white space.
+CLASSIFIER_TEMPLATE = """\
+{% set chat +%}TEMPLATE{%+ endset %}
+{% if BOS and not chat.startswith(BOS) %}{{ BOS }}{% endif %}
+{% if add_generation_prompt or messages[-1]["role"] != "assistant" %}
+{{- chat -}}
+{% else %}
+{{- ANSWERED -}}
+{% endif %}"""
+
+
+def classifier_template(student: LM) -> str:
+    """The student's chat template, which writes nothing after the end of a last assistant turn.
+
+    Templates in the style of ChatML write a line break there, and Phi-3's writes another token. The
+    begin-of-sequence and end-of-turn tokens are written by the template where `LM.encode` adds them
+    to what it renders.
+    """
+    tokenizer = student.tokenizer
+    template = tokenizer.get_chat_template().removesuffix("\n")
+    bos = tokenizer.decode(student.bos_ids)
+    end = tokenizer.decode(student.eos_ids[:1])
+    chat = [user_turn("a"), {"role": "assistant", "content": "a"}]
+    prompt = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+    answered = tokenizer.apply_chat_template(chat, tokenize=False)
+    if end in answered[len(prompt) :]:
+        until_end = f"chat.rpartition({json.dumps(end)})[0] + {json.dumps(end)}"
+    else:
+        until_end = f"chat + {json.dumps(end)}"
+    return (
+        CLASSIFIER_TEMPLATE.replace("BOS", json.dumps(bos))
+        .replace("ANSWERED", until_end)
+        .replace("TEMPLATE", template)
+    )
 
 
 # ------------------------------------------------------------ stages 1 to 4: the teacher annotates

@@ -565,13 +565,14 @@ def test_r44_the_saved_model_is_a_plain_classifier_with_equal_scores(
 def test_the_pages_lines_for_loading_it_give_the_same_score(checkpoints, pairs, tmp_path):
     run = train_from_annotations(checkpoints, pairs, tmp_path)
     page = (ROOT / "docs" / "rm_distiller.md").read_text()
-    [code] = re.findall(r"```python\n(.*?)```", page, re.S)
+    code = "".join(re.findall(r"```python\n(.*?)```", page, re.S))
     scope = {}
     exec(code.replace("runs/rm/model", str(run / "model")), scope)
     prompt, response = [turn["content"] for turn in scope["chat"]]
     reward_fn = load_reward_function(str(run / "model"), CPU)
     [expected] = reward_fn([[user(prompt)]], [response])
     assert scope["reward"] == pytest.approx(expected, abs=1e-5)
+    assert scope["score"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_r44_the_head_is_seeded(checkpoints, pairs, tmp_path):
