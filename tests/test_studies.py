@@ -1,19 +1,30 @@
-"""studies/released.py and studies/rm_pairs.py: the released variants run, and the committed pairs
-are drawn again. The released formulas of PAD and RM-Distiller are tested beside those that they
-replace."""
+"""studies/released.py, rm_pairs.py and table.py: the released variants run, the committed pairs are
+drawn again, and runs stand side by side. The released formulas of PAD and RM-Distiller are tested
+beside those that they replace."""
 
+import csv
 import importlib
 import inspect
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, command_line, first_rows, read_jsonl, run_script
+from conftest import (
+    ROOT,
+    command_line,
+    first_rows,
+    one_error_line,
+    read_jsonl,
+    run_script,
+    write_jsonl,
+)
 
 from playground.world import all_requests
-from studies import released, rm_pairs
+from studies import released, rm_pairs, table
 
 PLAYGROUND = ROOT / "playground/data"
 
@@ -111,3 +122,168 @@ def test_rewards_that_are_never_far_enough_apart_are_an_error():
         rm_pairs.draw_pair(
             rm_pairs.SUBSETS["shifted"], requests[0], ["Mars.", "Mars."], random.Random(1)
         )
+
+
+# ---------------------------------------------------------------------------------------- table.py
+def write_run(folder: Path, flags: dict, rewards: dict[str, list[float]], **summary) -> Path:
+    """What a script leaves of a run of 30 steps. Without a summary it is not finished."""
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps(flags))
+    metrics = [{"step": 0, "eval/reward": 0.1}, {"step": 20, "eval/reward": 0.625}, {"step": 30}]
+    write_jsonl(folder / "metrics.jsonl", metrics)
+    (folder / "timings.json").write_text(json.dumps({"eval_before": 1.5}))
+    for name, values in rewards.items():
+        rows = [{"id": f"{i}-x", "reward": value} for i, value in enumerate(values)]
+        write_jsonl(folder / f"eval_{name}.jsonl", rows)
+    if summary:
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+REWARDS = {"before": [0.0, 1.0], "after": [1.0, 1.0], "teacher": [1.0, 0.5]}
+
+
+def table_of(*folders: Path) -> dict[tuple[str, str], list]:
+    """The cells of every line, by group and label."""
+    rows = table.table_rows([table.read_run(folder) for folder in folders])
+    return {(row.group, row.label): row.cells for row in rows}
+
+
+def texts(cells: list) -> list[str]:
+    return [table.cell_text(cell) for cell in cells]
+
+
+def test_runs_of_two_scripts_stand_side_by_side(tmp_path):
+    """Rewards of 0 and 1 have the mean 0.5 and the standard error 0.5 / √2. Of the second run's two
+    prompts one is better than the first run's, and one equal."""
+    one = write_run(
+        tmp_path / "one",
+        {"beta": 2.0, "gamma": 0.7, "seed": 1, "output_dir": "a"},
+        REWARDS,
+        script="fork",
+        win_rate=0.75,
+        win_rate_stderr=0.25,
+        stage_seconds={"eval_before": 1.0, "samples_1": 2.0, "training": 4.0, "eval_after": 0.5},
+        seconds=10.0,
+    )
+    other = write_run(
+        tmp_path / "other",
+        {"beta": 4.0, "clip": None, "seed": 1, "output_dir": "b"},
+        {**REWARDS, "after": [1.0, 2.0]},
+        script="pad",
+        stage_seconds={"eval_before": 1.0, "scores_1": 3.0, "training": 4.0},
+        seconds=5.0,
+    )
+    cells = table_of(one, other)
+    assert cells["run", "script"] == ["fork", "pad"]
+    assert cells["run", "state"] == ["finished, step 30"] * 2
+    flags = {label: texts(line) for (group, label), line in cells.items() if "flags" in group}
+    assert flags == {"beta": ["2.0", "4.0"], "gamma": ["0.7", "–"], "clip": ["–", "None"]}
+    assert texts(cells["results", "reward before"]) == ["0.500 ± 0.354"] * 2
+    assert texts(cells["results", "reward after"]) == ["1.000 ± 0.000", "1.500 ± 0.354"]
+    assert texts(cells["results", "reward teacher"]) == ["0.750 ± 0.177"] * 2
+    assert texts(cells["results", "win rate"]) == ["0.750 ± 0.250", "–"]
+    assert texts(cells["results", "beats the first run"]) == ["–", "0.750 ± 0.177"]
+    seconds = {label: texts(line) for (group, label), line in cells.items() if group == "seconds"}
+    assert list(seconds.items()) == [
+        ("eval_before", ["1.0", "1.0"]),
+        ("samples_1", ["2.0", "–"]),
+        ("scores_1", ["–", "3.0"]),
+        ("training", ["4.0", "4.0"]),
+        ("eval_after", ["0.5", "–"]),
+        # The second run was resumed: its last process took less than all its stages.
+        ("everything else", ["2.5", "0.0"]),
+        ("in all", ["10.0", "8.0"]),
+    ]
+
+
+def test_runs_without_rewards_unfinished_runs_and_reward_models_are_shown_as_such(tmp_path):
+    unfinished = write_run(tmp_path / "dpkd__1__9", {}, {"before": [0.0, 1.0]})
+    with (unfinished / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "eval')  # a kill cut this line
+    no_rewards = write_run(tmp_path / "none", {}, {}, seconds=2.0)
+    write_jsonl(no_rewards / "eval_after.jsonl", [{"id": "1", "text": "yes"}])
+    accuracy = {"all": [0.8, 0.02, 300], "hard": [0.7, 0.04, 100], "best of 8": [0.9, 0.1, 16]}
+    reward_model = write_run(
+        tmp_path / "rm", {}, {}, accuracy_before=0.5, accuracy=accuracy, best_of_n_reward=0.9
+    )
+    cells = table_of(unfinished, no_rewards, reward_model)
+    assert cells["run", "script"] == ["dpkd", None, None]
+    assert cells["run", "state"] == [
+        "unfinished, step 30",
+        "finished, step 30, no rewards",
+        "finished, step 30",
+    ]
+    assert texts(cells["results", "reward before"]) == ["0.500 ± 0.354", "–", "–"]
+    assert texts(cells["results", "reward after"]) == ["0.625 at step 20", "–", "–"]
+    assert texts(cells["results", "accuracy before"]) == ["–", "–", "0.500"]
+    assert texts(cells["results", "accuracy after"]) == ["–", "–", "0.800 ± 0.020"]
+    assert texts(cells["results", "accuracy after, hard"]) == ["–", "–", "0.700 ± 0.040"]
+    assert texts(cells["results", "reward of best of 8"]) == ["–", "–", "0.900 ± 0.100"]
+    assert ("results", "beats the first run") not in cells
+    assert texts(cells["seconds", "in all"]) == ["1.5", "2.0", "1.5"]
+
+
+def test_what_a_run_took_from_another_one_is_said(tmp_path):
+    source = write_run(tmp_path / "dckd", {"student": "playground/student"}, {})
+    flags = {"student": str(source / "model"), "data": str(source / "rows.jsonl")}
+    run = table.read_run(write_run(tmp_path / "plus", {**flags, "output_dir": str(source)}, {}))
+    assert table.notes([table.read_run(source)]) == []
+    assert table.notes([run]) == [
+        f"plus took --student from {source}, whose seconds come on top, and its win rate is against"
+        " that student",
+        f"plus took --data from {source}, whose seconds come on top",
+    ]
+
+
+def test_real_runs_are_printed_in_the_width_of_the_terminal_and_written(
+    run_tiny, checkpoints, tmp_path, capsys, monkeypatch
+):
+    reference = checkpoints["teacher_ref"]
+    runs = [
+        run_tiny("dckd"),
+        run_tiny("adpa", teacher_ref=reference, gamma=2),
+        run_tiny("adpa", teacher_ref=reference),
+    ]
+    folders = [str(run) for run in runs]
+    names = [Path(folder).name for folder in folders]
+    monkeypatch.setenv("COLUMNS", "90")
+    capsys.readouterr()
+    table.main(table.Args(folders, output=str(tmp_path / "table.csv")))
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 90
+    blocks = printed.strip().split("\n\n")
+    assert [block.splitlines()[0].split() for block in blocks] == [names[:2], names[2:]]
+    assert re.search(r"^  gamma +– +2\.0$", blocks[0], re.M)
+
+    with (tmp_path / "table.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["run: script"] for line in lines] == ["dckd", "adpa", "adpa"]
+    for line, folder in zip(lines, folders):
+        summary = json.loads((Path(folder) / "summary.json").read_text())
+        assert line["run"] == folder
+        assert float(line["results: reward after"]) == pytest.approx(summary["reward_after"])
+        assert float(line["seconds: in all"]) == pytest.approx(summary["seconds"])
+
+    table.main(table.Args(folders, output=str(tmp_path / "table.md")))
+    header, _, *rows = (tmp_path / "table.md").read_text().splitlines()
+    assert header == f"|  | {' | '.join(names)} |"
+    assert "| flags that differ: gamma | – | 2.0 | 0.7 |" in rows
+
+
+@pytest.mark.parametrize("output", ["README.md", "docs/results.md", "docs/new.csv", "table.txt"])
+def test_the_table_goes_to_no_page_and_to_known_kinds_of_files(output, tmp_path, capsys):
+    run = write_run(tmp_path / "run", {}, {})
+    before = (ROOT / "README.md").read_text()
+    error = one_error_line(capsys, table.main, table.Args([str(run)], output=str(ROOT / output)))
+    assert output in error
+    assert (ROOT / "README.md").read_text() == before
+
+
+def test_a_folder_that_is_no_run_is_one_line(tmp_path, capsys):
+    assert f"{tmp_path} is no run" in one_error_line(capsys, table.read_run, tmp_path)
+    (tmp_path / "args.json").write_text('{"beta": ')
+    assert f"cannot read {tmp_path / 'args.json'}" in one_error_line(
+        capsys, table.read_run, tmp_path
+    )
+    assert "at least one" in one_error_line(capsys, table.main, table.Args([]))
