@@ -97,7 +97,9 @@ class LM:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(
                 path, trust_remote_code=trust_remote_code
             )
-            self.model = load_model(path, device, trainable, trust_remote_code, is_reward_model)
+            self.model, self.checkpoint_dtype = load_model(
+                path, device, trainable, trust_remote_code, is_reward_model
+            )
         except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
             stop(f"cannot load a model with tokenizer from {path}: {error}")
         self.config = self.model.config.get_text_config()
@@ -361,9 +363,11 @@ class LM:
 
 
 def load_model(path, device, trainable: bool, trust_remote_code: bool, is_reward_model: bool):
-    """The transformers model in its dtype and without dropout. ValueError if it lacks weights."""
+    """(the transformers model without dropout, the dtype that its checkpoint declares). ValueError
+    if it lacks weights."""
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     text_config = config.get_text_config()
+    checkpoint_dtype = config.dtype or text_config.dtype or torch.float32
     for name in list(vars(text_config)):
         if "dropout" in name or "pdrop" in name:
             setattr(text_config, name, 0.0)
@@ -382,7 +386,7 @@ def load_model(path, device, trainable: bool, trust_remote_code: bool, is_reward
     )
     if info["missing_keys"]:
         raise ValueError(f"it lacks weights: {sorted(info['missing_keys'])}")
-    return model.to(device)
+    return model.to(device), checkpoint_dtype
 
 
 def shared_vocab_size(student: LM, teacher: LM, advice: str = "choose a pair") -> int:
@@ -1195,12 +1199,19 @@ def compare_rewards(before: list[dict], after: list[dict], teacher: list[dict]) 
 
 
 def save_model(lm: LM, folder: Path):
-    """Writes model and tokenizer as an ordinary Hugging Face folder."""
+    """Writes model and tokenizer as an ordinary Hugging Face folder, in the dtype that the model's
+    checkpoint had. The weights in memory are rounded to it, so this comes after all else."""
+    for parameter in lm.model.parameters():
+        parameter.data = parameter.data.to(lm.checkpoint_dtype)
     try:
         lm.model.save_pretrained(folder)
         lm.tokenizer.save_pretrained(folder)
     except SafetensorError as error:  # what safetensors raises when the disk is full
         stop(f"cannot write {folder}: {error}")
+    # safetensors lets nobody but the owner read its files.
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
 
 
 def save_summary(run_dir: Path, results: dict, counts: dict, args):

@@ -1,16 +1,20 @@
 """What other programs read from the models that runs save: scores, dtypes, permissions."""
 
 import json
+import os
+import stat
 
 import pytest
 import torch
 import transformers
 from conftest import make_model, make_tokenizer, save
+from safetensors.torch import load_file
 from test_architectures import make_family
+from test_rm_distiller import annotations
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from common import LM, load_reward_function
+from common import LM, load_reward_function, save_model
 from rm_distiller import add_reward_head, save_reward_model
 
 CPU = torch.device("cpu")
@@ -246,3 +250,61 @@ def test_r81_the_saved_template_changes_nothing_but_the_last_end(template, tmp_p
                     text = text.removesuffix("<|system|>").rstrip("\n").removesuffix("<|end|>")
                     text += "<|end|>"
                 assert saved.apply_chat_template(chat[:length], **keywords) == text
+
+
+# ------------------------------------------------------------------------------ dtypes and files
+def files_dtypes(folder) -> set:
+    """The dtypes of all tensors in a saved model."""
+    dtypes = set()
+    for path in folder.glob("*.safetensors"):
+        dtypes |= {tensor.dtype for tensor in load_file(path).values()}
+    return dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_r82_a_saved_model_has_the_dtype_of_its_checkpoint(dtype, tied, tmp_path, tokenizer):
+    model = make_model(len(tokenizer), tie_word_embeddings=tied)
+    lm = LM(save(tmp_path / "student", tokenizer, model.to(dtype)), CPU, trainable=True)
+    with torch.no_grad():
+        for parameter in lm.model.parameters():
+            assert parameter.dtype == torch.float32
+            parameter.add_(1e-3)
+    trained = {name: value.clone() for name, value in lm.model.state_dict().items()}
+
+    save_model(lm, tmp_path / "model")
+
+    assert files_dtypes(tmp_path / "model") == {dtype}
+    size = (tmp_path / "model/model.safetensors").stat().st_size
+    assert size == (tmp_path / "student/model.safetensors").stat().st_size
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert reloaded.dtype == dtype
+    for name, value in reloaded.state_dict().items():
+        assert torch.equal(value, trained[name].to(dtype)), name
+
+
+@pytest.mark.parametrize("script", ["dckd", "rm_distiller"])
+def test_r82_scripts_save_the_dtype_of_the_student(script, run_tiny, checkpoints, pairs, tmp_path):
+    student = AutoModelForCausalLM.from_pretrained(checkpoints["student"]).to(torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["student"])
+    flags = {"student": save(tmp_path / "student", tokenizer, student)}
+    if script == "rm_distiller":
+        flags |= {"annotations": annotations(tmp_path, pairs), "best_of": 0}
+    run = run_tiny(script, **flags)
+    assert files_dtypes(run / "model") == {torch.bfloat16}
+    state = torch.load(run / "checkpoint.pt", weights_only=True)["model"]
+    assert {value.dtype for value in state.values()} == {torch.float32}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no such permissions")
+@pytest.mark.parametrize("umask", [0o022, 0o007, 0o077])
+def test_r83_files_of_a_run_have_the_permissions_of_other_files(umask, run_tiny):
+    before = os.umask(umask)
+    try:
+        run = run_tiny("dckd")
+    finally:
+        os.umask(before)
+    for path in [run, *run.rglob("*")]:
+        expected = 0o777 if path.is_dir() else 0o666
+        assert stat.S_IMODE(path.stat().st_mode) == expected & ~umask, path
+    assert (run / "model/model.safetensors").exists() and (run / "checkpoint.pt").exists()
