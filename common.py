@@ -18,15 +18,18 @@ Letters in shapes:
     T  tokens of a row                 V  vocabulary                       H  hidden size
 """
 
+import asyncio
 import errno
 import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 import itertools
 import json
 import math
+import os
 import pickle
 import re
 import shutil
@@ -35,8 +38,10 @@ import sys
 import textwrap
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -594,8 +599,8 @@ def read_rows(source: str, split: str, columns=("chosen", "rejected")) -> list[d
     A row has a `prompt` and the named columns. The prompt is a text or a list of chat messages. A
     column is a text or a conversation, of which the last turn counts. Without a prompt, `chosen`
     and `rejected` are conversations that share all turns but the last. A returned row has an `id`,
-    the prompt as messages, the columns as texts, and whatever else it had. The program ends with
-    the line or the row that cannot be read.
+    the prompt as messages, the columns as texts, and whatever else it had. As `record` it has the
+    row as it was read. The program ends with the line or the row that cannot be read.
     """
     rows = []
     for number, record in enumerate(read_records(source, split), 1):
@@ -650,7 +655,8 @@ def read_row(record, number: int, columns) -> dict:
     if re.search(r"[\ud800-\udfff]", json.dumps([prompt, texts], ensure_ascii=False)):
         raise ValueError("half a character (a lone surrogate) stands in a text")
     digest = hashlib.sha256(json.dumps([prompt, texts]).encode()).hexdigest()
-    return {**record, "id": f"{number}-{digest[:8]}", "prompt": prompt, **dict(zip(columns, texts))}
+    row = {**record, "record": record, "id": f"{number}-{digest[:8]}", "prompt": prompt}
+    return row | dict(zip(columns, texts))
 
 
 def read_prompt(record: dict) -> list[dict]:
@@ -740,23 +746,49 @@ def cut_unfinished(ids: list[int], lm: LM, limit: int) -> list[int]:
 
 
 def load_reward_function(
-    spec: str, device: torch.device, trust_remote_code: bool = False, batch_size: int = 32
+    spec: str,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    batch_size: int = 32,
+    *,
+    rows: Sequence[dict] = (),
 ):
-    """reward_fn(prompts, responses) -> list of floats, from `module:function` or a reward model.
+    """reward_fn(rows, responses) -> a list with a reward for every response, from --reward.
 
-    A reward model is a sequence classifier in a folder or on the hub. Its score is read at the last
-    token of the response, whatever its padding token is. The program ends if a function does not
-    return one finite number for every response. An error inside a function keeps its traceback.
+    `spec` is "none", which gives None in place of a function; `file.py:function` or
+    `module:function`, see `call_reward_function`; or a reward model, a sequence classifier in a
+    folder or on the hub. A response is a text or a sample {"text", ...}.
+
+    A reward is a finite number, or None where a function says that it does not apply. Anything else
+    ends the program. So does a function that needs a column which `rows`, those that it will judge,
+    do not have. An error inside a function keeps its traceback.
     """
-    if ":" in spec and not Path(spec).exists():
-        score = load_function(spec)
+    if spec == "none":
+        return None
+    place, _, name = spec.rpartition(":")
+    # A path of Windows has a colon as well, but the name of no function behind it.
+    if place and name.isidentifier() and not Path(spec).exists():
+        function = load_function(spec)
+        columns = other_columns(rows)
+        if rows:
+            check_parameters(function, columns, spec)
+        score = partial(call_reward_function, function, columns)
     else:
         score = load_reward_model(spec, device, trust_remote_code, batch_size)
 
-    def reward_fn(prompts: list, responses: list[str]) -> list[float]:
+    def reward_fn(rows: list[dict], responses: list[str | dict]) -> list[float | None]:
+        samples = []
+        for response in responses:
+            if isinstance(response, str):
+                response = {"text": response}
+            samples.append(response)
         with error_note(f"judging {len(responses)} responses with --reward {spec}"):
-            rewards = [float(reward) for reward in score(prompts, responses)]
-        if len(rewards) != len(responses) or not all(map(math.isfinite, rewards)):
+            rewards = list(score(rows, samples))
+            for i, reward in enumerate(rewards):
+                if reward is not None:
+                    rewards[i] = float(reward)
+        is_valid = [reward is None or math.isfinite(reward) for reward in rewards]
+        if len(rewards) != len(responses) or not all(is_valid):
             wanted = f"{len(responses)} finite numbers"
             stop(f"--reward {spec} must return {wanted}; it returned {str(rewards)[:100]}")
         return rewards
@@ -765,33 +797,146 @@ def load_reward_function(
 
 
 def load_function(spec: str):
-    """The function that `module:function` names. A module that fails keeps its traceback."""
-    module_name, _, function_name = spec.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module exists, and one that it imports does not
-        stop(f"--reward {spec}: there is no module {error.name}")
+    """The function that `file.py:function` or `module:function` names. A module is looked for where
+    Python looks, and last in the working directory. Code that fails keeps its traceback."""
+    place, _, function_name = spec.rpartition(":")
+    if place.endswith(".py"):
+        module = load_file(Path(place).expanduser(), spec)
+    else:
+        sys.path.append(os.getcwd())
+        advice = "a file is named with its ending, as in my/rewards.py:reward"
+        if place.startswith("."):
+            stop(f"--reward {spec}: there is no module {place}; {advice}")
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            if not f"{place}.".startswith(f"{error.name}."):
+                raise  # the module exists, and one that it imports does not
+            stop(f"--reward {spec}: there is no module {error.name}; {advice}")
     function = getattr(module, function_name, None)
     if not callable(function):
-        stop(f"--reward {spec}: {module_name} has no function {function_name}")
+        found = getattr(module, "__file__", place)
+        stop(f"--reward {spec}: {found} has no function {function_name}")
     return function
 
 
+def load_file(path: Path, spec: str):
+    """A Python file as a module. It may import what lies beside it."""
+    if not path.is_file():
+        stop(f"--reward {spec}: there is no file {path}")
+    sys.path.append(str(path.parent.resolve()))
+    # With a name of its own it takes the place of no other module.
+    name = f"reward_file_{path.stem}"
+    module_spec = importlib.util.spec_from_file_location(name, path.resolve())
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module
+    module_spec.loader.exec_module(module)
+    return module
+
+
+def call_reward_function(function, columns: list[str], rows: list[dict], samples: list[dict]):
+    """What a reward function returns for one sample of a response to the prompt of every row.
+
+    A function that takes keywords (`takes_keywords`) is called as TRL's GRPOTrainer calls one
+    (huggingface/trl, trl/trainer/grpo_trainer.py, `_calculate_rewards`), with a list each for
+    prompts=, completions=, completion_ids= and every other column of the rows. Where the prompt in
+    the data is a text, prompt and completion are texts. Where it is a list of messages, so is the
+    completion, with one message of the assistant. TRL decides that by the first prompt of a batch
+    (trl/data_utils.py, `is_conversational`), and here every row decides for itself. They differ
+    only for data that mixes both. A coroutine is awaited, as in TRL. The trainer_state, log_extra
+    and log_metric of TRL's trainer are not there.
+
+    Any other function is called as f(prompts, responses), a list of chats and one of texts.
+    """
+    if takes_keywords(function):
+        keywords = reward_keywords(rows, samples, columns)
+        parameters = inspect.signature(function).parameters
+        kinds = [parameter.kind for parameter in parameters.values()]
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            keywords = {name: value for name, value in keywords.items() if name in parameters}
+        rewards = function(**keywords)
+    else:
+        prompts = [row["prompt"] for row in rows]
+        rewards = function(prompts, [sample["text"] for sample in samples])
+    if inspect.iscoroutine(rewards):
+        rewards = asyncio.run(rewards)
+    return rewards
+
+
+def takes_keywords(function) -> bool:
+    """Whether a reward function is called as TRL does it: it has a parameter `completions` or
+    `completion_ids`, or cannot be called with two arguments, prompts and responses."""
+    signature = inspect.signature(function)
+    if "completions" in signature.parameters or "completion_ids" in signature.parameters:
+        return True
+    try:
+        signature.bind("prompts", "responses")
+    except TypeError:
+        return True
+    return False
+
+
+def reward_keywords(rows: list[dict], samples: list[dict], columns: list[str]) -> dict[str, list]:
+    """The keywords of a reward function, as `call_reward_function` describes them."""
+    prompts = []
+    completions = []
+    for row, sample in zip(rows, samples):
+        prompt = original_row(row).get("prompt")
+        if isinstance(prompt, str):
+            prompts.append(prompt)
+            completions.append(sample["text"])
+        else:
+            prompts.append(row["prompt"])
+            completions.append([{"role": "assistant", "content": sample["text"]}])
+    keywords = {}
+    for name in columns:
+        keywords[name] = [original_row(row).get(name) for row in rows]
+    keywords["prompts"] = prompts
+    keywords["completions"] = completions
+    keywords["completion_ids"] = [sample.get("token_ids") for sample in samples]
+    return keywords
+
+
+def original_row(row: dict) -> dict:
+    """A row as it stood in the data."""
+    return row.get("record", row)
+
+
+def other_columns(rows: Sequence[dict]) -> list[str]:
+    """The columns that a reward function gets besides the prompts: all that any of the rows has."""
+    columns = {}
+    for row in rows:
+        columns |= dict.fromkeys(original_row(row))
+    for name in ("prompt", "completion", "completion_ids"):  # as TRL leaves them out
+        columns.pop(name, None)
+    return list(columns)
+
+
+def check_parameters(function, columns: list[str], spec: str):
+    """Ends the program if a reward function has a parameter for which there is no argument."""
+    if not takes_keywords(function):
+        return
+    given = ["prompts", "completions", "completion_ids", *columns]
+    for name, parameter in inspect.signature(function).parameters.items():
+        is_variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if not is_variable and parameter.default is parameter.empty and name not in given:
+            stop(f"--reward {spec} needs {name}=, but is given {', '.join(given)}")
+
+
 def load_reward_model(spec: str, device: torch.device, trust_remote_code: bool, batch_size: int):
-    """The scores of a sequence classifier, as a function of prompts and responses."""
+    """The scores of a sequence classifier, as a function of rows and samples. A score is read at
+    the last token of the response, whatever the padding token of the model is."""
     lm = LM(spec, device, trust_remote_code=trust_remote_code, is_reward_model=True)
     lm.model.score.float()
 
     @torch.no_grad()
-    def score(prompts: list[list[dict]], responses: list[str]) -> list[float]:
+    def score(rows: list[dict], samples: list[dict]) -> list[float]:
         scores = []
-        for start in range(0, len(prompts), batch_size):
+        for start in range(0, len(rows), batch_size):
             stop_at = start + batch_size
             examples = []
-            for prompt, response in zip(prompts[start:stop_at], responses[start:stop_at]):
-                examples.append(Example({}, *lm.encode(prompt, [response])))
+            for row, sample in zip(rows[start:stop_at], samples[start:stop_at]):
+                examples.append(Example(row, *lm.encode(row["prompt"], [sample["text"]])))
             batch = pack(examples, lm)
             hidden = lm.hidden_states(batch)[batch.last_index]  # [R, H]
             scores += lm.model.score(hidden.float())[:, 0].tolist()
@@ -1171,8 +1316,20 @@ def step_examples(examples: list, step: int, batch_size: int, seed: int) -> list
     return [examples[i] for i in order[start : start + batch_size]]
 
 
+def reward_metrics(evaluated: list[dict]) -> dict[str, float]:
+    """{"eval/reward": the mean reward} of an evaluation, or {} if --reward is none."""
+    if "reward" not in evaluated[0]:
+        return {}
+    return {"eval/reward": mean_reward(evaluated)}
+
+
 def mean_reward(evaluated: list[dict]) -> float:
-    return statistics.mean(response["reward"] for response in evaluated)
+    """The mean over the responses that have a reward. Some have None in its place, where a function
+    says that it does not apply. The program ends if all have."""
+    rewards = [response["reward"] for response in evaluated if response["reward"] is not None]
+    if not rewards:
+        stop(f"--reward returned None for all of {len(evaluated)} responses, so they have no mean")
+    return statistics.mean(rewards)
 
 
 def standard_error(values: list[float]) -> float:
@@ -1182,20 +1339,28 @@ def standard_error(values: list[float]) -> float:
 def compare_rewards(before: list[dict], after: list[dict], teacher: list[dict]) -> dict:
     """The mean rewards of three evaluations, and how often the trained student beats itself before
     training: the mean over prompts of 1 for a higher reward, ½ for an equal one, 0 for a lower one.
+
+    A prompt counts if both responses have a reward. With --reward none there is nothing to compare.
     """
+    if "reward" not in before[0]:
+        return {}
+    results = {
+        "reward_before": mean_reward(before),
+        "reward_after": mean_reward(after),
+        "reward_teacher": mean_reward(teacher),
+    }
     wins = []
     for old, new in zip(before, after, strict=True):
+        if old["reward"] is None or new["reward"] is None:
+            continue
         if new["reward"] == old["reward"]:
             wins.append(0.5)
         else:
             wins.append(float(new["reward"] > old["reward"]))
-    return {
-        "reward_before": mean_reward(before),
-        "reward_after": mean_reward(after),
-        "reward_teacher": mean_reward(teacher),
-        "win_rate": statistics.mean(wins),
-        "win_rate_stderr": standard_error(wins),
-    }
+    if wins:
+        results["win_rate"] = statistics.mean(wins)
+        results["win_rate_stderr"] = standard_error(wins)
+    return results
 
 
 def save_model(lm: LM, folder: Path):
@@ -1234,7 +1399,9 @@ def print_samples(samples: dict[str, list[dict]], count: int = 4):
     for rows in list(zip(*samples.values()))[:count]:
         print(f"\n{prompt_text(rows[0]['prompt'])}")
         for name, row in zip(samples, rows):
-            print(f"  {name:<8}{row['reward']:6.2f}   {row['text']}")
+            reward = row.get("reward")
+            shown = "" if reward is None else f"{reward:.2f}"
+            print(f"  {name:<8}{shown:>6}   {row['text']}")
 
 
 def print_summary(run_dir: Path, results: dict):

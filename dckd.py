@@ -51,7 +51,6 @@ from common import (
     load_checkpoint,
     load_reward_function,
     mean_per_response,
-    mean_reward,
     open_run,
     pack,
     parse_flags,
@@ -59,6 +58,7 @@ from common import (
     print_samples,
     print_summary,
     read_rows,
+    reward_metrics,
     save_checkpoint,
     save_flags,
     save_model,
@@ -257,10 +257,11 @@ def respond(rows: list[dict], seed: int, lm: LM, temperature: float, args: Args)
 
 
 def evaluate(rows: list[dict], seed: int, lm: LM, reward_fn, args: Args) -> list[dict]:
-    """One response of `lm` to the prompt of every row, with its "reward"."""
+    """One response of `lm` to the prompt of every row, with its "reward" if one is given."""
     responses = respond(rows, seed, lm, args.eval_temperature, args)
-    prompts = [row["prompt"] for row in rows]
-    rewards = reward_fn(prompts, [response["text"] for response in responses])
+    if reward_fn is None:
+        return responses
+    rewards = reward_fn(rows, responses)
     return [{**response, "reward": reward} for response, reward in zip(responses, rewards)]
 
 
@@ -274,9 +275,9 @@ def main(args: Args):
     device = choose_device(args.device)
     student, teacher = load_models(args, device)
     vocab_size = shared_vocab_size(student, teacher)
-    reward_fn = load_reward_function(args.reward, device, args.trust_remote_code)
     train_rows = read_rows(args.data, args.data_split)
     eval_rows = read_rows(args.eval_data, args.eval_split, columns=())
+    reward_fn = load_reward_function(args.reward, device, args.trust_remote_code, rows=eval_rows)
     examples = encode_rows(student, train_rows, ["chosen", "rejected"], args, "training pairs")
     held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")
     eval_rows = [example.row for example in held_out[: args.eval_prompts]]
@@ -359,11 +360,10 @@ def main(args: Args):
             values["charts/tokens"] = counts["tokens"]
             values["charts/tokens_per_second"] = counts["tokens"] / counts["seconds"]
         if is_last:
-            values["eval/reward"] = mean_reward(evaluate_once(student, "after"))
-        elif done % args.eval_every == 0:
-            values["eval/reward"] = mean_reward(
-                evaluate(eval_rows, args.seed, student, reward_fn, args)
-            )
+            values |= reward_metrics(evaluate_once(student, "after"))
+        elif reward_fn is not None and done % args.eval_every == 0:
+            evaluated = evaluate(eval_rows, args.seed, student, reward_fn, args)
+            values |= reward_metrics(evaluated)
         if values:
             metrics.log(done, values)
         if done % args.save_every == 0 or is_last:

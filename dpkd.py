@@ -66,7 +66,6 @@ from common import (
     load_checkpoint,
     load_reward_function,
     mean_per_response,
-    mean_reward,
     open_run,
     pack,
     parse_flags,
@@ -75,6 +74,7 @@ from common import (
     print_summary,
     read_records,
     read_rows,
+    reward_metrics,
     save_checkpoint,
     save_flags,
     save_model,
@@ -419,10 +419,11 @@ def respond(rows: list[dict], seed: int, lm: LM, temperature: float, args: Args)
 
 
 def evaluate(rows: list[dict], seed: int, lm: LM, reward_fn, args: Args) -> list[dict]:
-    """One response of `lm` to the prompt of every row, with its "reward"."""
+    """One response of `lm` to the prompt of every row, with its "reward" if one is given."""
     responses = respond(rows, seed, lm, args.eval_temperature, args)
-    prompts = [row["prompt"] for row in rows]
-    rewards = reward_fn(prompts, [response["text"] for response in responses])
+    if reward_fn is None:
+        return responses
+    rewards = reward_fn(rows, responses)
     return [{**response, "reward": reward} for response, reward in zip(responses, rewards)]
 
 
@@ -476,9 +477,9 @@ def main(args: Args):
     device = choose_device(args.device)
     student, teacher = load_models(args, device)
     vocab_size = shared_vocab_size(student, teacher)
-    reward_fn = load_reward_function(args.reward, device, args.trust_remote_code)
     train_rows = read_rows(args.data, args.data_split, columns=())
     eval_rows = read_rows(args.eval_data, args.eval_split, columns=())
+    reward_fn = load_reward_function(args.reward, device, args.trust_remote_code, rows=eval_rows)
     prompts = encode_rows(student, train_rows, [], args, "training prompts")
     held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")
     held_out = held_out[: args.eval_prompts]
@@ -537,7 +538,7 @@ def main(args: Args):
     first_step = load_checkpoint(run_dir / "checkpoint.pt", counts, **state)
     metrics = Metrics(run_dir, args, first_step)
     if first_step == 0:
-        metrics.log(0, {"eval/reward": mean_reward(eval_before), **logps_before})
+        metrics.log(0, {**reward_metrics(eval_before), **logps_before})
 
     # ------------------------------------------------------------------------------------- training
     refresh_every = args.refresh_every or total_steps
@@ -610,11 +611,12 @@ def main(args: Args):
             values["charts/sampling_share"] = counts["sampling_seconds"] / loop_seconds
         if is_last or done % args.eval_every == 0:
             if is_last:
-                evaluated = evaluate_once(student, "after")
-            else:
+                values |= reward_metrics(evaluate_once(student, "after"))
+            elif reward_fn is not None:
                 evaluated = evaluate(eval_rows, args.seed, student, reward_fn, args)
+                values |= reward_metrics(evaluated)
             logps = watched_logps(watched, student, vocab_size, args)
-            values |= {"eval/reward": mean_reward(evaluated), **logps}
+            values |= logps
             if has_collapsed(logps_before, logps) and not warned:
                 warned = True
                 advice = "sample y_s more often (--refresh_every)"

@@ -71,7 +71,6 @@ from common import (
     load_checkpoint,
     load_reward_function,
     mean_per_response,
-    mean_reward,
     open_run,
     pack,
     parse_flags,
@@ -80,6 +79,7 @@ from common import (
     print_summary,
     prompt_text,
     read_rows,
+    reward_metrics,
     save_checkpoint,
     save_flags,
     save_model,
@@ -606,10 +606,11 @@ def respond(rows: list[dict], seed: int, lm: LM, temperature: float, args: Args)
 
 
 def evaluate(rows: list[dict], seed: int, lm: LM, reward_fn, args: Args) -> list[dict]:
-    """One response of `lm` to the prompt of every row, with its "reward"."""
+    """One response of `lm` to the prompt of every row, with its "reward" if one is given."""
     responses = respond(rows, seed, lm, args.eval_temperature, args)
-    prompts = [row["prompt"] for row in rows]
-    rewards = reward_fn(prompts, [response["text"] for response in responses])
+    if reward_fn is None:
+        return responses
+    rewards = reward_fn(rows, responses)
     return [{**response, "reward": reward} for response, reward in zip(responses, rewards)]
 
 
@@ -624,11 +625,11 @@ def main(args: Args):
     # ------------------------------------------------------------------------------ models and data
     device = choose_device(args.device)
     student, teacher = load_models(args, device)
-    reward_fn = load_reward_function(args.reward, device, args.trust_remote_code)
     train_rows = read_rows(args.scores or args.data, args.data_split, columns=())
     if args.max_rows:
         train_rows = train_rows[: args.max_rows]
     eval_rows = read_rows(args.eval_data, args.eval_split, columns=())
+    reward_fn = load_reward_function(args.reward, device, args.trust_remote_code, rows=eval_rows)
     prompts = encode_rows(student, train_rows, [], args, "training prompts")
     held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")
     train_rows = [example.row for example in prompts]
@@ -723,11 +724,10 @@ def main(args: Args):
             values["charts/tokens_per_second"] = counts["tokens"] / counts["seconds"]
             values.update(judge_values)
         if is_last:
-            values["eval/reward"] = mean_reward(evaluate_once(student, "after"))
-        elif done % args.eval_every == 0:
-            values["eval/reward"] = mean_reward(
-                evaluate(eval_rows, args.seed, student, reward_fn, args)
-            )
+            values |= reward_metrics(evaluate_once(student, "after"))
+        elif reward_fn is not None and done % args.eval_every == 0:
+            evaluated = evaluate(eval_rows, args.seed, student, reward_fn, args)
+            values |= reward_metrics(evaluated)
         if values:
             metrics.log(done, values)
         if done % args.save_every == 0 or is_last:

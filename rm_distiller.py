@@ -666,6 +666,9 @@ def annotate(
 
     # Readers of annotations.jsonl find the request there as the teacher read it.
     rows = [{**row, "asked": prompt_text(row["prompt"])} for row in rows]
+    for row in rows:
+        # They find every column once.
+        row.pop("record", None)
     if args.refine or "teacher" in response_columns(args):
         function = partial(answer_prompts, teacher=teacher, args=args)
         rows = run_stage(
@@ -824,8 +827,7 @@ def sample_options(rows: list[dict], seed: int, student: LM, reward_fn, args: Ar
     )
     results = []
     for row, responses in zip(rows, samples):
-        texts = [response["text"] for response in responses]
-        worth = reward_fn([row["prompt"]] * len(texts), texts)
+        worth = reward_fn([row] * len(responses), responses)
         results.append({"answers": responses, "worth": worth})
     return results
 
@@ -846,6 +848,8 @@ def make_options(
         args.sample_batch_size,
         args.seed,
     )
+    # Options can be compared if all of them have a worth.
+    rows = [row for row in rows if None not in row["worth"]]
     columns = [f"option_{k}" for k in range(args.best_of)]
     for row in rows:
         row.update(zip(columns, row["answers"]))
@@ -895,7 +899,6 @@ def main(args: Args):
     vocab_size = student.vocab_size
     if args.kl_coef > 0:
         vocab_size = shared_vocab_size(student, teacher, "take --kl_coef 0 --nll_coef 1")
-    reward_fn = load_reward_function(args.reward, device, args.trust_remote_code)
     if args.annotations:
         rows = read_annotations(args)
     else:
@@ -903,6 +906,11 @@ def main(args: Args):
         pairs = encode_rows(student, rows, ["chosen", "rejected"], args, "training pairs")
         rows = [example.row for example in pairs]
     eval_rows = read_rows(args.eval_data, args.eval_split)
+    reward_fn = None  # of the best of n
+    if args.best_of:
+        reward_fn = load_reward_function(
+            args.reward, device, args.trust_remote_code, rows=eval_rows
+        )
     held_out = encode_rows(student, eval_rows, ["chosen", "rejected"], args, "held-out pairs")
     save_flags(run_dir, args)
 
@@ -910,7 +918,7 @@ def main(args: Args):
     # It comes before a checkpoint is read, so that "before" is the untrained student in every run.
     before = pair_accuracy(held_out, student, args.micro_batch_size)
     best_of_n = f"best of {args.best_of}"
-    if args.best_of:
+    if reward_fn is not None:
         options = make_options(held_out, student, reward_fn, run_dir, args)
         before[best_of_n] = best_of_n_rewards(options, student, args.micro_batch_size)
 
@@ -999,7 +1007,7 @@ def main(args: Args):
     if first_step == total_steps:
         # The run was interrupted behind its last step, so none was left in which to evaluate.
         after = pair_accuracy(held_out, student, args.micro_batch_size)
-    if args.best_of:
+    if reward_fn is not None:
         after[best_of_n] = best_of_n_rewards(options, student, args.micro_batch_size)
     save_reward_model(student, run_dir / "model")
     accuracy = {name: mean_error_count(values) for name, values in after.items()}
@@ -1007,7 +1015,7 @@ def main(args: Args):
         "accuracy_before": statistics.mean(before["all"]),
         "accuracy_after": statistics.mean(after["all"]),
     }
-    if args.best_of:
+    if reward_fn is not None:
         results["best_of_n_reward"] = statistics.mean(after[best_of_n])
     results["seconds"] = time.time() - started
     whole_results = {"best_of_n_reward": None, **results, "accuracy": accuracy}

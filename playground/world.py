@@ -190,12 +190,13 @@ def assess(request: Request, answer: str) -> Verdict:
     )
 
 
-def reward(prompts: list, responses: list) -> list[float]:
-    """The ground truth: one reward in [−1, 1.2] for each response. Prompts and responses are texts
-    or lists of chat messages. It is what --reward takes in every script."""
+def reward(prompts: list, completions: list, **columns) -> list[float]:
+    """The ground truth: one reward in [−1, 1.2] for each completion. Prompts and completions are
+    texts or lists of chat messages. It has the form of TRL's reward functions, which is one of the
+    two that --reward takes in every script."""
     rewards = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        text = response if isinstance(response, str) else response[-1]["content"]
+    for prompt, completion in zip(prompts, completions, strict=True):
+        text = completion if isinstance(completion, str) else completion[-1]["content"]
         rewards.append(assess(read_request(prompt), text).reward)
     return rewards
 

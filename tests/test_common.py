@@ -28,10 +28,8 @@ from common import (
     Example,
     Metrics,
     cached_map,
-    compare_rewards,
     encode_rows,
     load_checkpoint,
-    load_reward_function,
     mean_per_response,
     pack,
     per_token,
@@ -975,86 +973,7 @@ def test_r40_sampling_works_while_training_with_gradient_checkpointing(load):
     assert trained.model.training
 
 
-# ------------------------------------------------------------------------------------------ rewards
-@pytest.fixture
-def reward_model(tmp_path, tokenizer):
-    """(folder, model) of a random reward model, whose padding is the end of turn: the trap."""
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        num_labels=1,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.3,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    model = LlamaForSequenceClassification(config)
-    return save(tmp_path / "rm", tokenizer, model), model
-
-
-def test_r43_a_reward_model_is_read_at_the_last_token_even_when_pad_is_eos(reward_model, load):
-    path, model = reward_model
-    responses = ["A.", "Something much longer than that.", "", "B", "Nothing at all."]
-    reward_fn = load_reward_function(path, CPU, batch_size=2)
-
-    rewards = reward_fn([QUESTION] * 5, responses)
-
-    lm = load("student")
-    for response, reward in zip(responses, rewards, strict=True):
-        prompt_ids, [response_ids] = lm.encode(QUESTION, [response])
-        with torch.no_grad():
-            hidden = model.model(torch.tensor([prompt_ids + response_ids])).last_hidden_state
-            expected = model.score(hidden[0, -1]).item()
-        assert reward == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    "spec", ["no.such:function", "playground.world:nothing", "math:pi", "/no/such/model"]
-)
-def test_reward_functions_that_do_not_exist_are_one_line(spec, capsys):
-    assert spec in one_error_line(capsys, load_reward_function, spec, CPU)
-
-
-@pytest.mark.parametrize("returned", [[1.0], [1.0, math.nan], [1.0, math.inf], []])
-def test_rewards_that_are_not_one_finite_number_each_are_one_line(returned, capsys, monkeypatch):
-    def odd_reward(prompts, responses):
-        return returned
-
-    monkeypatch.setattr("playground.world.reward", odd_reward)
-    reward_fn = load_reward_function("playground.world:reward", CPU)
-
-    error = one_error_line(capsys, reward_fn, [QUESTION] * 2, ["a", "b"])
-
-    assert f"must return 2 finite numbers; it returned {returned}" in error
-
-
 # ------------------------------------------------------------------------------ arithmetic of a run
-def rewards(*values: float) -> list[dict]:
-    return [{"reward": value} for value in values]
-
-
-def test_rewards_are_compared_by_their_means_and_by_wins_per_prompt():
-    """The third prompt wins, the second loses, the first and the last are ties: ½ + 0 + 1 + ½."""
-    before = rewards(1.0, 3.0, 0.0, 2.0)
-    after = rewards(1.0, 1.0, 5.0, 2.0)
-    teacher = rewards(4.0, 4.0, 4.0, 6.0)
-
-    results = compare_rewards(before, after, teacher)
-
-    assert results == {
-        "reward_before": pytest.approx(6 / 4),
-        "reward_after": pytest.approx(9 / 4),
-        "reward_teacher": pytest.approx(18 / 4),
-        "win_rate": pytest.approx(2 / 4),
-        # The deviations from ½ are 0, −½, ½ and 0, whose mean square is 1/8. There are 4 prompts.
-        "win_rate_stderr": pytest.approx(math.sqrt(1 / 8) / math.sqrt(4)),
-    }
-
-
 def test_the_steps_of_an_epoch_show_every_example_once_in_an_order_of_its_own():
     examples = list(range(10))
 

@@ -554,7 +554,8 @@ def test_r44_the_saved_model_is_a_plain_classifier_with_equal_scores(
     # They are those of `--reward runs/<run>/model` of the other scripts.
     for batch_size in (1, 3, 32):
         reward_fn = load_reward_function(str(run / "model"), CPU, batch_size=batch_size)
-        assert reward_fn(prompts, responses) == pytest.approx(expected, abs=1e-5)
+        judged = [{"prompt": prompt} for prompt in prompts]
+        assert reward_fn(judged, responses) == pytest.approx(expected, abs=1e-5)
 
     # The backbone has kept the head of the language model.
     language_model = AutoModelForCausalLM.from_pretrained(run / "model")
@@ -570,7 +571,7 @@ def test_the_pages_lines_for_loading_it_give_the_same_score(checkpoints, pairs, 
     exec(code.replace("runs/rm/model", str(run / "model")), scope)
     prompt, response = [turn["content"] for turn in scope["chat"]]
     reward_fn = load_reward_function(str(run / "model"), CPU)
-    [expected] = reward_fn([[user(prompt)]], [response])
+    [expected] = reward_fn([{"prompt": [user(prompt)]}], [response])
     assert scope["reward"] == pytest.approx(expected, abs=1e-5)
     assert scope["score"] == pytest.approx(expected, abs=1e-5)
 
@@ -599,7 +600,7 @@ def test_a_reward_model_judges_the_other_scripts(checkpoints, pairs, run_tiny, t
     run = run_tiny("adpa", reward=model, teacher_ref="none")
     rows = read_jsonl(run / "eval_before.jsonl")
     reward_fn = load_reward_function(str(model), CPU)
-    expected = reward_fn([row["prompt"] for row in rows], [row["text"] for row in rows])
+    expected = reward_fn(rows, rows)
     assert [row["reward"] for row in rows] == pytest.approx(expected, abs=1e-5)
 
 
@@ -644,7 +645,7 @@ def test_accuracy_by_subset_equals_a_slow_count(evaluated):
     reward_fn = load_reward_function(str(run / "model"), CPU)
     correct = {"one": [], "two": [], "all": []}
     for row in rows:
-        chosen, rejected = reward_fn([row["prompt"]] * 2, [row["chosen"], row["rejected"]])
+        chosen, rejected = reward_fn([row] * 2, [row["chosen"], row["rejected"]])
         for subset in {row["source"] or "all", "all"}:
             correct[subset].append(chosen > rejected)
     assert summary["accuracy"].keys() == {*correct, "best of 3"}

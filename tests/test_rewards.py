@@ -1,0 +1,461 @@
+"""What --reward takes and how it is called: functions of two conventions, reward models, none."""
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    SCRIPTS,
+    TINY_RUN,
+    one_error_line,
+    read_jsonl,
+    run_script,
+    save,
+    write_jsonl,
+)
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from common import compare_rewards, load_reward_function, mean_reward, read_rows, reward_metrics
+
+CPU = torch.device("cpu")
+QUESTION = [{"role": "user", "content": "What is it?"}]
+TEXT_ROW = {"prompt": "What is it?", "solution": "a coin", "id": 7}
+CHAT_ROW = {"prompt": QUESTION, "solution": "a thing", "id": 8}
+
+
+def judged_rows(folder, *records: dict) -> list[dict]:
+    """The records as rows of a data file."""
+    return read_rows(str(write_jsonl(folder / "rows.jsonl", list(records))), "test", columns=())
+
+
+def file_with(code: str, path) -> str:
+    """Writes a file with this code and returns how --reward names its function `reward`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(code)
+    return f"{path}:reward"
+
+
+# ---------------------------------------------------------------------------------- two conventions
+CALLS = []  # what the functions below were called with
+
+
+def keep_call(*arguments, **keywords) -> list[float]:
+    CALLS.append((arguments, keywords))
+    return [0.5, 1.5]
+
+
+def ours(prompts, responses):
+    return keep_call(prompts, responses)
+
+
+def ours_by_other_names(questions, texts, strict=True):
+    return keep_call(questions, texts, strict=strict)
+
+
+def trl(prompts, completions, **kwargs):
+    return keep_call(prompts=prompts, completions=completions, **kwargs)
+
+
+def trl_completions_alone(completions, **kwargs):
+    return keep_call(completions=completions, **kwargs)
+
+
+def trl_without_other_keywords(completions, solution):
+    return keep_call(completions=completions, solution=solution)
+
+
+def trl_token_ids(completion_ids, **kwargs):
+    return keep_call(completion_ids=completion_ids, **kwargs)
+
+
+def trl_keywords_alone(**kwargs):
+    return keep_call(**kwargs)
+
+
+async def trl_coroutine(prompts, completions, **kwargs):
+    return keep_call(prompts=prompts, completions=completions, **kwargs)
+
+
+@pytest.fixture
+def call(tmp_path):
+    """call(name, *records) judges two responses with a function of this file, and returns what the
+    function got: (its arguments, its keywords)."""
+
+    def call_one(name: str, *records: dict) -> tuple:
+        CALLS.clear()
+        rows = judged_rows(tmp_path, *records)
+        reward_fn = load_reward_function(f"test_rewards:{name}", CPU, rows=rows)
+        samples = [{"text": "A coin.", "token_ids": [4, 5]}, {"text": "A thing.", "token_ids": [6]}]
+        assert reward_fn(rows, samples) == [0.5, 1.5]
+        [got] = CALLS
+        return got
+
+    return call_one
+
+
+def test_r67_a_function_of_two_arguments_gets_chats_and_texts(call):
+    texts = ["A coin.", "A thing."]
+
+    assert call("ours", TEXT_ROW, CHAT_ROW) == (([QUESTION, QUESTION], texts), {})
+    assert call("ours_by_other_names", TEXT_ROW, CHAT_ROW) == (
+        ([QUESTION, QUESTION], texts),
+        {"strict": True},
+    )
+
+
+@pytest.mark.parametrize("name", ["trl", "trl_coroutine", "trl_keywords_alone"])
+def test_r67_a_function_of_trl_gets_texts_where_the_prompts_are_texts(name, call):
+    arguments, keywords = call(name, TEXT_ROW, {**TEXT_ROW, "id": 9})
+
+    assert arguments == ()
+    # The other columns are as they stood in the data, `id` as well, which our rows replace.
+    columns = {"solution": ["a coin", "a coin"], "id": [7, 9], "completion_ids": [[4, 5], [6]]}
+    assert keywords == {
+        "prompts": ["What is it?", "What is it?"],
+        "completions": ["A coin.", "A thing."],
+        **columns,
+    }
+
+
+@pytest.mark.parametrize("name", ["trl", "trl_coroutine", "trl_keywords_alone"])
+def test_r67_a_function_of_trl_gets_messages_where_the_prompts_are_messages(name, call):
+    _, keywords = call(name, CHAT_ROW, CHAT_ROW)
+
+    assert keywords["prompts"] == [QUESTION, QUESTION]
+    assert keywords["completions"] == [
+        [{"role": "assistant", "content": "A coin."}],
+        [{"role": "assistant", "content": "A thing."}],
+    ]
+    assert keywords["solution"] == ["a thing", "a thing"]
+
+
+def test_r67_a_prompt_that_is_the_start_of_conversations_is_messages(call):
+    chosen = [*QUESTION, {"role": "assistant", "content": "A coin."}]
+    row = {"chosen": chosen, "rejected": chosen}
+
+    _, keywords = call("trl", row, row)
+
+    assert keywords["prompts"] == [QUESTION, QUESTION]
+    assert keywords["completions"][0] == [{"role": "assistant", "content": "A coin."}]
+    assert keywords["chosen"] == [chosen, chosen]
+
+
+def test_r67_a_function_of_trl_gets_the_keywords_that_it_names(call):
+    _, keywords = call("trl_completions_alone", TEXT_ROW, TEXT_ROW)
+    assert keywords["completions"] == ["A coin.", "A thing."]
+    assert keywords["prompts"] == ["What is it?", "What is it?"]
+
+    _, keywords = call("trl_without_other_keywords", TEXT_ROW, TEXT_ROW)
+    assert keywords == {
+        "completions": ["A coin.", "A thing."],
+        "solution": ["a coin", "a coin"],
+    }
+
+    _, keywords = call("trl_token_ids", TEXT_ROW, TEXT_ROW)
+    assert keywords["completion_ids"] == [[4, 5], [6]]
+
+
+def test_r67_a_column_that_one_row_lacks_is_none_there(call):
+    _, keywords = call("trl", {"prompt": "What is it?", "level": 3}, {"prompt": "Who is it?"})
+
+    assert keywords["level"] == [3, None]
+
+
+def test_r67_a_function_that_needs_a_column_which_is_not_there_is_refused_at_once(tmp_path, capsys):
+    rows = judged_rows(tmp_path, {"prompt": "What is it?", "level": 3})
+    spec = "test_rewards:trl_without_other_keywords"
+
+    error = one_error_line(capsys, load_reward_function, spec, CPU, rows=rows)
+
+    assert f"--reward {spec} needs solution=" in error
+    assert "is given prompts, completions, completion_ids, level" in error
+
+
+def test_r67_the_playgrounds_reward_is_one_of_trl(tmp_path):
+    texts = ["Mars and Venus.", "Mars."]
+    prompt = "Name two planets."
+    rows = judged_rows(
+        tmp_path, {"prompt": prompt}, {"prompt": [{**QUESTION[0], "content": prompt}]}
+    )
+    reward_fn = load_reward_function("playground.world:reward", CPU, rows=rows)
+
+    assert reward_fn(rows, texts) == [1.0, 0.5]
+
+    from playground.world import reward
+
+    assert reward([prompt, prompt], texts) == [1.0, 0.5]
+    assert reward(prompts=[prompt, prompt], completions=texts, level=[1, 2]) == [1.0, 0.5]
+
+
+# ----------------------------------------------------------------------------- where functions lie
+NEIGHBOUR = "def count(texts):\n    return [float(len(text)) for text in texts]\n"
+USES_NEIGHBOUR = (
+    "from a_neighbour import count\n\ndef reward(prompts, texts):\n    return count(texts)\n"
+)
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """A folder with my_reward.py, which imports what lies beside it. The working directory is
+    another one, and paths and modules of the tests are forgotten afterwards."""
+    folder = tmp_path / "mine"
+    file_with(USES_NEIGHBOUR, folder / "my_reward.py")
+    (folder / "a_neighbour.py").write_text(NEIGHBOUR)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield folder
+    for name in ("a_neighbour", "my_reward", "reward_file_my_reward"):
+        sys.modules.pop(name, None)
+
+
+def test_r68_a_file_is_found_by_any_path(own_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(own_folder.parent))
+    rows = [{"prompt": QUESTION}]
+
+    for path in (own_folder, "../mine", "~/mine", "../elsewhere/../mine"):
+        reward_fn = load_reward_function(f"{path}/my_reward.py:reward", CPU)
+        assert reward_fn(rows, ["four"]) == [4.0]
+
+
+def test_r68_a_module_is_found_in_the_working_directory(own_folder, monkeypatch):
+    monkeypatch.chdir(own_folder)
+
+    reward_fn = load_reward_function("my_reward:reward", CPU)
+
+    assert reward_fn([{"prompt": QUESTION}], ["four"]) == [4.0]
+
+
+def test_r68_a_file_takes_the_place_of_no_module(own_folder):
+    """A file may be named as a module of ours, of Python or of another reward."""
+    spec = file_with("def reward(prompts, texts):\n    return [1.0]\n", own_folder / "json.py")
+
+    reward_fn = load_reward_function(spec, CPU)
+
+    assert reward_fn([{"prompt": QUESTION}], ["four"]) == [1.0]
+    assert sys.modules["json"] is json
+
+
+REFUSED = {
+    "no.such:function": "there is no module no",
+    "./my_reward:reward": "there is no module",
+    "playground.world:nothing": "world.py has no function nothing",
+    "math:pi": "has no function pi",
+    "no/such/file.py:reward": "there is no file no/such/file.py",
+    "/no/such/model": "/no/such/model",
+    # A path of Windows is a path.
+    "C:\\no\\such\\model": "cannot load a model with tokenizer from C:\\no\\such\\model",
+    "C:\\no\\such\\file.py:reward": "there is no file C:\\no\\such\\file.py",
+}
+
+
+@pytest.mark.parametrize("spec", REFUSED)
+def test_r68_reward_functions_that_do_not_exist_are_one_line(spec, capsys):
+    error = one_error_line(capsys, load_reward_function, spec, CPU)
+
+    assert spec in error
+    assert REFUSED[spec] in error
+
+
+BROKEN = {
+    "import a_package_that_is_not_installed\n": ModuleNotFoundError,
+    "from math import no_such_name\n": ImportError,
+    "raise KeyError('mine')\n": KeyError,
+    "def reward(prompts, texts)\n    return []\n": SyntaxError,
+}
+
+
+@pytest.mark.parametrize("code", BROKEN)
+@pytest.mark.parametrize("as_module", [False, True])
+def test_r68_a_file_that_cannot_be_imported_keeps_its_traceback(code, as_module, own_folder):
+    spec = file_with(code, own_folder / "my_reward.py")
+    if as_module:
+        sys.path.append(str(own_folder))
+        spec = "my_reward:reward"
+
+    with pytest.raises(BROKEN[code]) as raised:
+        load_reward_function(spec, CPU)
+
+    if BROKEN[code] is SyntaxError:
+        assert raised.value.filename == str(own_folder / "my_reward.py")
+    else:
+        assert raised.traceback[-1].path == own_folder / "my_reward.py"
+
+
+# ------------------------------------------------------------------------------------ what they say
+@pytest.mark.parametrize(
+    "returned", [[1.0], [1.0, math.nan], [1.0, math.inf], [], [None, math.nan]]
+)
+def test_rewards_that_are_not_one_finite_number_each_are_one_line(returned, capsys, monkeypatch):
+    def odd_reward(prompts, responses):
+        return returned
+
+    monkeypatch.setattr("playground.world.reward", odd_reward)
+    reward_fn = load_reward_function("playground.world:reward", CPU)
+
+    error = one_error_line(capsys, reward_fn, [{"prompt": QUESTION}] * 2, ["a", "b"])
+
+    assert f"must return 2 finite numbers; it returned {returned}" in error
+
+
+def test_r67_tensors_and_numpy_numbers_are_rewards(monkeypatch):
+    def reward(prompts, responses):
+        return torch.tensor([1.0, 2.5])
+
+    monkeypatch.setattr("playground.world.reward", reward)
+    rewards = load_reward_function("playground.world:reward", CPU)([{"prompt": QUESTION}] * 2, "ab")
+
+    assert rewards == [1.0, 2.5]
+    assert json.dumps(rewards) == "[1.0, 2.5]"
+
+
+def rewards(*values: float | None) -> list[dict]:
+    return [{"reward": value} for value in values]
+
+
+def test_rewards_are_compared_by_their_means_and_by_wins_per_prompt():
+    """The third prompt wins, the second loses, the first and the last are ties: ½ + 0 + 1 + ½."""
+    before = rewards(1.0, 3.0, 0.0, 2.0)
+    after = rewards(1.0, 1.0, 5.0, 2.0)
+    teacher = rewards(4.0, 4.0, 4.0, 6.0)
+
+    results = compare_rewards(before, after, teacher)
+
+    assert results == {
+        "reward_before": pytest.approx(6 / 4),
+        "reward_after": pytest.approx(9 / 4),
+        "reward_teacher": pytest.approx(18 / 4),
+        "win_rate": pytest.approx(2 / 4),
+        # The deviations from ½ are 0, −½, ½ and 0, whose mean square is 1/8. There are 4 prompts.
+        "win_rate_stderr": pytest.approx(math.sqrt(1 / 8) / math.sqrt(4)),
+    }
+
+
+def test_r67_responses_to_which_a_function_does_not_apply_are_left_out_of_the_mean():
+    """The second prompt has no reward, and the last one only before training: 1 win of 2."""
+    before = rewards(1.0, None, 5.0, 9.0)
+    after = rewards(2.0, None, 4.0, None)
+    teacher = rewards(None, None, 7.0, None)
+
+    assert compare_rewards(before, after, teacher) == {
+        "reward_before": pytest.approx(15 / 3),
+        "reward_after": pytest.approx(6 / 2),
+        "reward_teacher": pytest.approx(7.0),
+        "win_rate": pytest.approx(1 / 2),
+        "win_rate_stderr": pytest.approx(math.sqrt(1 / 4) / math.sqrt(2)),
+    }
+    assert reward_metrics(before) == {"eval/reward": pytest.approx(15 / 3)}
+
+
+def test_r67_a_function_that_applies_to_no_response_is_one_line(capsys):
+    error = one_error_line(capsys, mean_reward, rewards(None, None, None))
+
+    assert "None for all of 3 responses" in error
+
+
+# ------------------------------------------------------------------------------------ reward models
+@pytest.fixture
+def reward_model(tmp_path, tokenizer):
+    """(folder, model) of a random reward model, whose padding is the end of turn: the trap."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        num_labels=1,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.3,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForSequenceClassification(config)
+    return save(tmp_path / "rm", tokenizer, model), model
+
+
+def test_r43_a_reward_model_is_read_at_the_last_token_even_when_pad_is_eos(reward_model, load):
+    path, model = reward_model
+    responses = ["A.", "Something much longer than that.", "", "B", "Nothing at all."]
+    reward_fn = load_reward_function(path, CPU, batch_size=2)
+
+    rewards = reward_fn([{"prompt": QUESTION}] * 5, responses)
+
+    lm = load("student")
+    for response, reward in zip(responses, rewards, strict=True):
+        prompt_ids, [response_ids] = lm.encode(QUESTION, [response])
+        with torch.no_grad():
+            hidden = model.model(torch.tensor([prompt_ids + response_ids])).last_hidden_state
+            expected = model.score(hidden[0, -1]).item()
+        assert reward == pytest.approx(expected, abs=1e-4)
+
+
+# -------------------------------------------------------------------------------------------- none
+def test_r69_no_reward_is_no_number():
+    assert load_reward_function("none", CPU) is None
+    assert reward_metrics([{"text": "a"}]) == {}
+    assert compare_rewards([{"text": "a"}], [{"text": "b"}], [{"text": "c"}]) == {}
+
+
+def flags_without_reward(script: str, pairs, tmp_path) -> dict:
+    """Flags of a run of two steps with evaluations, and without a reward."""
+    flags = {"reward": "none", "max_steps": 2, "eval_every": 1}
+    if script == "adpa":
+        flags["teacher_ref"] = "none"
+    if script == "rm_distiller":
+        # Rows as an annotation leaves them. A random teacher says nothing that can be read.
+        rows = []
+        for row in read_jsonl(pairs):
+            scores = {"score_chosen": 8.0, "score_rejected": 3.0, "score_refined": 9.0}
+            rows.append({**row, **scores, "refined": row["chosen"], "teacher": row["chosen"]})
+        flags["annotations"] = write_jsonl(tmp_path / "annotations.jsonl", rows)
+    if script == "pad":
+        flags["alpha"] = 1
+    return flags
+
+
+def check_run_without_reward(run: Path):
+    """A finished run that has a model, and no number that comes from a reward."""
+    assert (run / "model" / "model.safetensors").exists()
+    summary = json.loads((run / "summary.json").read_text())
+    for row in [summary, *read_jsonl(run / "metrics.jsonl")]:
+        for name, value in row.items():
+            assert value is None or not re.search("reward|win_rate|best_of", name), name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_r69_a_run_without_reward_trains_saves_and_answers(
+    script, run_tiny, pairs, tmp_path, capsys
+):
+    run = run_tiny(script, **flags_without_reward(script, pairs, tmp_path))
+
+    check_run_without_reward(run)
+    out = capsys.readouterr().out
+    if script == "rm_distiller":
+        [*_, last] = read_jsonl(run / "metrics.jsonl")
+        assert 0 <= last["eval/accuracy"] <= 1
+        assert "best of" not in out
+        assert not (run / "options.jsonl").exists()
+    else:
+        for name in ("before", "after", "teacher"):
+            for row in read_jsonl(run / f"eval_{name}.jsonl"):
+                assert isinstance(row["text"], str)
+                assert "reward" not in row
+        # The answers are shown all the same.
+        assert "before" in out
+
+
+def test_r69_a_baseline_without_reward_trains_and_saves(checkpoints, pairs, tmp_path):
+    flags = {**TINY_RUN, "reward": "none", "max_steps": 2, "eval_every": 1, "loss": "reverse_kl"}
+    models = {"student": checkpoints["student"], "teacher": checkpoints["teacher"]}
+    run = tmp_path / "run"
+
+    code = run_script(
+        "studies/baselines", **models, **flags, data=pairs, eval_data=pairs, output_dir=run
+    )
+
+    assert code == 0
+    check_run_without_reward(run)
