@@ -67,6 +67,10 @@ def stop(message: str):
     raise SystemExit(2)
 
 
+class ChatTemplateError(ValueError):
+    """A chat template refuses the messages of a row, or does not keep a prompt as it is."""
+
+
 @contextmanager
 def error_note(note: str):
     """Adds a line to the traceback of whatever goes wrong inside: which file, which row."""
@@ -122,10 +126,13 @@ class LM:
         # Our mask replaces the model's sliding window, so packed responses must be shorter than it.
         self.sliding_window = getattr(self.config, "sliding_window", None) or math.inf
 
-        self.special_token_starts = {token[0] for token in self.tokenizer.added_tokens_encoder}
+        added_tokens = self.tokenizer.added_tokens_decoder.values()
+        self.added_tokens = [token.content for token in added_tokens]
+        self.special_tokens = [token.content for token in added_tokens if token.special]
         bos_id = self.tokenizer.bos_token_id
         adds_bos = self.tokenizer("a").input_ids[:1] == [bos_id]
         self.bos_ids = [bos_id] if adds_bos else []
+        self.turn_end = ""  # what the chat template writes after a response
         self.eos_ids = self.find_eos_ids()
 
         self.share_prefix = True  # the responses of a prompt stand in one row, see `pack`
@@ -142,22 +149,16 @@ class LM:
     def find_eos_ids(self) -> list[int]:
         """The tokens that end a response. The first of them is appended to texts of the data.
 
-        It is the special token that the chat template writes after an assistant turn. After it
-        come the end-of-sequence tokens of the tokenizer and of the generation config.
+        It is the special token with which the chat template ends an assistant turn. After it come
+        the end-of-sequence tokens of the tokenizer and of the generation config.
         """
-        candidates = []
-        if self.tokenizer.chat_template:
-            chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-            prompt_length = len(self.chat_ids(chat[:1], add_generation_prompt=True))
-            for token in self.chat_ids(chat)[prompt_length:]:
-                added_token = self.tokenizer.added_tokens_decoder.get(token)
-                if added_token is not None and added_token.special:
-                    candidates.append(token)
-                    break
-        candidates.append(self.tokenizer.eos_token_id)
+        known = [self.tokenizer.eos_token_id]
         if self.model.can_generate():
             configured = self.model.generation_config.eos_token_id
-            candidates += configured if isinstance(configured, list) else [configured]
+            known += configured if isinstance(configured, list) else [configured]
+        candidates = known
+        if self.tokenizer.chat_template:
+            candidates = [*self.end_of_turn(known), *known]
 
         eos_ids = []
         for token in candidates:
@@ -167,52 +168,103 @@ class LM:
             stop(f"{self.path} names no end-of-sequence token")
         return eos_ids
 
-    def chat_ids(self, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
-        """Token ids of the chat template. Special tokens that a message spells out stay text."""
-        # Sanitising is slow. It is needed only where a special token could begin.
-        sanitize = False
-        for message in messages:
-            for value in message.values():
-                if not isinstance(value, str) or not self.special_token_starts.isdisjoint(value):
-                    sanitize = True
+    def end_of_turn(self, known: list[int]) -> list[int]:
+        """The special token that ends an assistant turn, or nothing if the template writes none.
+        Sets `turn_end`, all that the template writes after a response.
+
+        A template may close parts of a response with special tokens before it ends the turn. The
+        token that ends the turn is one that ends responses by the configs (`known`), or the user's
+        turn as well. If there is no such token, it is the first special one.
+        """
+        chat = [
+            {"role": "user", "content": "Question 7531"},
+            {"role": "assistant", "content": "Answer 2468"},
+        ]
         try:
-            ids = self.tokenizer.apply_chat_template(
-                messages,
-                add_generation_prompt=add_generation_prompt,
-                return_dict=False,
-                sanitize_control_tokens=sanitize,
-            )
+            text = self.chat_text(chat)
+        except ChatTemplateError as error:
+            stop(str(error))
+        before_answer, _, self.turn_end = text.rpartition("Answer 2468")
+        _, _, after_question = before_answer.rpartition("Question 7531")
+        encode = partial(self.tokenizer, add_special_tokens=False)
+        ends_a_turn = [*known, *encode(after_question).input_ids]
+        special = []
+        for token in encode(self.turn_end).input_ids:
+            added_token = self.tokenizer.added_tokens_decoder.get(token)
+            if added_token is not None and added_token.special:
+                special.append(token)
+        first = [token for token in special if token in ends_a_turn] + special
+        return first[:1]
+
+    def chat_text(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        """What the chat template writes for messages. ChatTemplateError if it refuses them."""
+        return self.apply_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+
+    def apply_template(self, messages: list[dict], **keywords) -> str | list[int]:
+        """The tokenizer's `apply_chat_template`. ChatTemplateError if it refuses the messages."""
+        try:
+            return self.tokenizer.apply_chat_template(messages, return_dict=False, **keywords)
         except (jinja2.TemplateError, ValueError) as error:
             roles = [message["role"] for message in messages]
-            stop(f"cannot apply the chat template of {self.path} to roles {roles}: {error}")
-        has_bos = ids[: len(self.bos_ids)] == self.bos_ids
-        return ids if has_bos else self.bos_ids + ids
+            raise ChatTemplateError(
+                f"cannot apply the chat template of {self.path} to roles {roles}: {error}"
+            ) from error
 
     def plain_ids(self, text: str) -> list[int]:
         """Token ids of a text as it stands, without special tokens."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
-    def prompt_ids(self, prompt: list[dict]) -> list[int]:
-        """Token ids of a prompt, up to where the response begins."""
-        if self.tokenizer.chat_template:
-            return self.chat_ids(prompt, add_generation_prompt=True)
-        return self.bos_ids + self.plain_ids(prompt_text(prompt))
+    def ids_behind(self, context: str, text: str, *, is_plain: bool = False) -> list[int]:
+        """Token ids of a text that stands behind a context, tokenised on its own: no token spans
+        both. Special tokens that a plain text spells out stay text.
 
-    def response_ids(
-        self, prompt: list[dict], prompt_ids: list[int], response: str | dict
-    ) -> list[int]:
+        The context keeps tokenizers of the SentencePiece kind from putting a space before the text,
+        as they do at the beginning of a document. Where the text's first token would merge with the
+        context, a line break takes its place, or else nothing.
+        """
+        encode = partial(self.tokenizer, add_special_tokens=False, split_special_tokens=is_plain)
+        for before in (context, "\n"):
+            before_ids = encode(before).input_ids
+            ids = encode(before + text).input_ids
+            if ids[: len(before_ids)] == before_ids:
+                return ids[len(before_ids) :]
+        return encode(text).input_ids
+
+    def ids_of_prompt(self, prompt: list[dict]) -> list[int]:
+        """Token ids of a prompt, up to where the response begins. ChatTemplateError if the chat
+        template refuses it.
+
+        Special tokens that a message spells out stay text. So do other added tokens, such as the
+        tags of thoughts, but for those that the assistant wrote: templates look for them there.
+        """
+        if not self.tokenizer.chat_template:
+            return self.bos_ids + self.plain_ids(prompt_text(prompt))
+        sanitize = False
+        for message in prompt:
+            tokens = self.special_tokens if message["role"] == "assistant" else self.added_tokens
+            for value in message.values():
+                if not isinstance(value, str) or contains_any(value, tokens):
+                    sanitize = True
+        ids = self.apply_template(
+            prompt, add_generation_prompt=True, sanitize_control_tokens=sanitize
+        )
+        has_bos = ids[: len(self.bos_ids)] == self.bos_ids
+        return ids if has_bos else self.bos_ids + ids
+
+    def ids_of_response(self, prompt: list[dict], response: str | dict) -> list[int]:
         """Token ids of a response. It is a text, or {"text", "finished"} as `sample` returns it.
 
         A finished response ends with exactly one end-of-sequence token, any other one with none.
+        The ids of a text are those of what the chat template writes behind the prompt, tokenised on
+        its own, because generation goes on from the prompt's ids as they are. ChatTemplateError if
+        the template writes another prompt once it is answered.
         """
         if isinstance(response, str):
             response = {"text": response, "finished": True}
         if self.tokenizer.chat_template:
-            whole = self.chat_ids([*prompt, {"role": "assistant", "content": response["text"]}])
-            if whole[: len(prompt_ids)] != prompt_ids:
-                text = prompt_text(prompt)[:200]
-                stop(f"{self.path}: its template changes this prompt once it is answered: {text}")
-            ids = whole[len(prompt_ids) :]
+            ids = self.ids_from_template(prompt, response["text"], response["finished"])
         else:
             ids = self.plain_ids(response["text"])
 
@@ -225,10 +277,66 @@ class LM:
             return ids[: end + 1]
         return [*ids, self.eos_ids[0]]
 
+    def ids_from_template(self, prompt: list[dict], text: str, finished: bool) -> list[int]:
+        """Token ids of what the chat template writes for a response, with the end of its turn if it
+        is finished. Special tokens that the text spells out stay text."""
+        before = self.chat_text(prompt, add_generation_prompt=True)
+        whole = self.chat_text([*prompt, {"role": "assistant", "content": text}])
+        if not whole.startswith(before):
+            start = prompt_text(prompt)[:200]
+            raise ChatTemplateError(
+                f"{self.path}: its template changes this prompt once it is answered: {start}"
+            )
+        written = whole.removeprefix(before).removesuffix(self.turn_end)
+        end = self.turn_end if finished and whole.endswith(self.turn_end) else ""
+
+        # The end of the prompt, from an added token on, is all the context that a tokenizer needs.
+        start = max(0, len(before) - 100)
+        start = max((before.rfind(token, start) for token in self.added_tokens), default=0)
+        context = before[max(0, start) :]
+        if not contains_any(text, self.special_tokens):
+            return self.ids_behind(context, written + end)
+        if not written.endswith(text):
+            raise ChatTemplateError(
+                f"{self.path}: its template changes this text with special tokens: {text[:200]}"
+            )
+        ids = self.ids_behind(context, written.removesuffix(text))
+        ids += self.ids_behind("\n", text, is_plain=True)
+        return ids + self.ids_behind("\n", end)
+
+    def rewritten(self, response: str | dict, ids: list[int]) -> str:
+        """What the token ids of a text read as, if that is another text, or else "". What the chat
+        template adds, such as an empty block of thoughts, counts as well."""
+        text = response if isinstance(response, str) else response["text"]
+        if ids[-1] in self.eos_ids:
+            ids = ids[:-1]
+        decoded = self.tokenizer.decode(ids)
+        # A tokenizer's own way to decode, which may lack a first space, is no change.
+        if decoded == text or decoded == self.tokenizer.decode(self.plain_ids(text)):
+            return ""
+        # The example begins shortly before the first difference.
+        same = 0
+        while text[same : same + 1] == decoded[same : same + 1]:
+            same += 1
+        start = max(0, same - 20)
+        return f"{text[start : start + 60]!r} as {decoded[start : start + 60]!r}"
+
+    def try_encode(self, prompt: list[dict], responses=()) -> tuple[list[int], list[list[int]]]:
+        """Token ids of a prompt, and of each response to it. ChatTemplateError if the chat template
+        refuses the prompt, or changes it once it is answered."""
+        prompt_ids = self.ids_of_prompt(prompt)
+        return prompt_ids, [self.ids_of_response(prompt, response) for response in responses]
+
     def encode(self, prompt: list[dict], responses=()) -> tuple[list[int], list[list[int]]]:
-        """Token ids of a prompt, and of each response to it."""
-        prompt_ids = self.prompt_ids(prompt)
-        return prompt_ids, [self.response_ids(prompt, prompt_ids, text) for text in responses]
+        """Like `try_encode`. The program ends where that raises a ChatTemplateError."""
+        try:
+            return self.try_encode(prompt, responses)
+        except ChatTemplateError as error:
+            stop(str(error))
+
+    def prompt_ids(self, prompt: list[dict]) -> list[int]:
+        """Token ids of a prompt, up to where the response begins, as `encode` returns them."""
+        return self.encode(prompt)[0]
 
     # -------------------------------------------------------------------------- the forward pass
     def hidden_states(self, batch: "Batch") -> torch.Tensor:
@@ -413,6 +521,10 @@ def first_index(ids: list[int], wanted: list[int]) -> int:
         if token in wanted:
             return index
     return len(ids)
+
+
+def contains_any(text: str, words: list[str]) -> bool:
+    return any(word in text for word in words)
 
 
 def prompt_text(prompt: list[dict]) -> str:
@@ -711,30 +823,46 @@ def encode_rows(lm: LM, rows: list[dict], columns, args, label: str) -> list[Exa
     max_response_tokens = args.max_response_tokens
     kept = []
     dropped = Counter()
-    for row in rows:
-        with error_note(f"encoding row {row['id']} ({label})"):
-            prompt_ids, response_ids = lm.encode(row["prompt"], [row[column] for column in columns])
+    refused = []
+    changed = []
+    for row in tqdm(rows, desc=f"encoding {label}", delay=1):
+        responses = [row[column] for column in columns]
+        try:
+            with error_note(f"encoding row {row['id']} ({label})"):
+                prompt_ids, response_ids = lm.try_encode(row["prompt"], responses)
+        except ChatTemplateError as error:
+            dropped["refused or changed by the chat template"] += 1
+            refused.append(f"row {row['id']}: {error}")
+            continue
         response_ids = [cut_unfinished(ids, lm, max_response_tokens) for ids in response_ids]
-        texts = [row[column] for column in columns if isinstance(row[column], str)]
+        texts = [response for response in responses if isinstance(response, str)]
         texts.append("".join(message["content"] for message in row["prompt"]))
         longest = max([len(ids) for ids in response_ids], default=0)
         if not all(response_ids) or not all(text.strip() for text in texts):
             dropped["empty prompt or response"] += 1
-        elif columns and "chosen" in row and row["chosen"] == row.get("rejected"):
-            dropped["chosen equals rejected"] += 1
+        elif columns[1:2] == ["rejected"] and response_ids[0] == response_ids[1]:
+            dropped[f"{columns[0]} equals rejected"] += 1
         elif len(prompt_ids) > max_prompt_tokens:
             dropped[f"prompt over {max_prompt_tokens} tokens"] += 1
         elif longest > max_response_tokens:
             dropped[f"response over {max_response_tokens} tokens"] += 1
         else:
             kept.append(Example(row, prompt_ids, response_ids))
+            for response, ids in zip(responses, response_ids):
+                difference = lm.rewritten(response, ids)
+                if difference:
+                    changed.append(difference)
 
     counts = f"{len(kept)} of {len(rows)} rows"
     for reason, count in dropped.items():
         counts += f", {count} dropped ({reason})"
+    if refused:
+        counts += f"; {refused[0]}"
     if not kept:
         stop(f"{label}: no row left: {counts}")
     print(f"{label}: {counts}")
+    if changed:
+        print(f"note: {lm.path} writes {len(changed)} responses otherwise, as {changed[0]}")
     return kept
 
 

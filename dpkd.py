@@ -376,7 +376,7 @@ def sample_ids(example: Example, sample: dict, lm: LM, args: Args) -> list[int]:
     A sample that never ended is cut again if its text takes more than --max_response_tokens. It has
     no token if it never ended and said nothing.
     """
-    ids = lm.response_ids(example.row["prompt"], example.prompt_ids, sample)
+    ids = lm.ids_of_response(example.row["prompt"], sample)
     return cut_unfinished(ids, lm, args.max_response_tokens)
 
 

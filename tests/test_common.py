@@ -541,20 +541,22 @@ def lm_with_a_tool_token(tmp_path) -> LM:
         ("A thing.", False),
         (" żółć\n\n猫 ", False),
         ("=> x", False),
-        ("a < b", True),
+        ("a < b", False),
         ("a <|end|> b", True),
         ("[TOOL] and <|pad|>", True),
-        ("[no] tool", True),
+        ("[no] tool", False),
     ],
 )
 def test_every_chat_is_encoded_as_if_it_was_sanitised(
     lm_with_a_tool_token, text, is_sanitized, monkeypatch
 ):
-    """Only a text with a character that a control token begins with takes the slow way."""
+    """Only a text that spells out a control token takes the slow way."""
     lm = lm_with_a_tool_token
-    chat = [turn("user", text), turn("assistant", text)]
+    chat = [turn("user", text), turn("assistant", text), turn("user", text)]
     apply_chat_template = lm.tokenizer.apply_chat_template
-    expected = apply_chat_template(chat, return_dict=False, sanitize_control_tokens=True)
+    expected = apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+    )
     calls = []
 
     def recording(messages, **keywords):
@@ -563,9 +565,9 @@ def test_every_chat_is_encoded_as_if_it_was_sanitised(
 
     monkeypatch.setattr(lm.tokenizer, "apply_chat_template", recording)
 
-    assert lm.chat_ids(chat) == expected
+    assert lm.prompt_ids(chat) == expected
     # A value that is no text may hold anything.
-    lm.chat_ids([{**message, "tools": [text]} for message in chat])
+    lm.prompt_ids([{**message, "tools": [text]} for message in chat])
     assert calls == [is_sanitized, True]
 
 
