@@ -1,10 +1,17 @@
-"""Every method and every baseline, several seeds, one report: `python -m studies.compare`.
+"""Methods, baselines and forks of yours, with several seeds: `python -m studies.compare`.
+
+    python -m studies.compare --only "^(sft|dckd)$" --seeds 2              # two of the runs
+    python -m studies.compare --only "^adpa$" --add mine="adpa.py --gamma 1"   # and one of yours
+    python -m studies.compare --report                                   # all, and all pages anew
 
 A run is a process that executes its real script, two at a time. A run that is finished is not made
-again, so a study that was interrupted goes on with the same command. Then docs/results.json gets
-every run's command, seed, summary and curves, and from that file alone come the tables (mean ±
-standard error, paired tests) between the `<!-- results:… -->` marks of README.md and docs/*.md,
-and the figures in docs/. The figures need matplotlib: `pip install -r studies/requirements.txt`.
+again, so a study that was interrupted goes on with the same command. At the end there is a table:
+means over seeds ± standard errors.
+
+With `--report` docs/results.json gets every run's command, seed, summary and curves. From that file
+alone come the tables (with paired tests) between the `<!-- results:… -->` marks of README.md and
+docs/*.md, and the figures in docs/. The figures need matplotlib:
+`pip install -r studies/requirements.txt`. Without `--report` no page is touched.
 
 This file has six parts:
 
@@ -29,13 +36,15 @@ import subprocess
 import sys
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from tqdm import tqdm
 
 from playground import world
+from studies.table import aligned, markdown, stop
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,13 +56,17 @@ class Args:
     first_seed: int = 1
     """the first seed (tuning must not see the seeds that are reported)"""
     quick: bool = False
-    """one seed, only the runs of the README's table, no report"""
+    """one seed, and only the runs of the README's table"""
     output_dir: str = "runs/compare"
     """where the runs go; finished ones in it are used as they are"""
     at_once: int = 2
     """runs at a time, one CPU core each"""
     only: str = ""
-    """runs whose name matches this regular expression and what they need, no report"""
+    """only runs whose name matches this regular expression, and what they need"""
+    add: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+    """a run of yours besides: name="fork.py --flag value"; may be given several times"""
+    report: bool = False
+    """write docs/results.json, the tables of README.md and docs/, and the figures anew"""
 
 
 # --------------------------------------------------------------------------------------------- runs
@@ -149,6 +162,37 @@ def with_needs(names: list[str]) -> list[str]:
     return [name for name in RUNS if name in wanted]
 
 
+def added_runs(specs: list[str]) -> dict[str, str]:
+    """The commands of --add by their names. The program ends if one cannot be made into a run."""
+    added = {}
+    for spec in specs:
+        name, _, command = spec.partition("=")
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            stop(f"--add {spec}: {error}")
+        if not re.fullmatch(r"[\w.-]+", name) or not words:
+            stop(f'--add {spec} must look like mine="fork.py --flag value"')
+        if name in RUNS or name in added:
+            stop(f"--add {spec}: there is a run {name} already; take another name")
+        for needed in needs(command):
+            if needed not in RUNS and needed not in added:
+                stop(f"--add {spec}: there is no run {needed}")
+        if words[0] != "-m":
+            script = find_script(words[0])
+            command = command.replace(words[0], shlex.quote(str(script)), 1)
+        added[name] = command.strip()
+    return added
+
+
+def find_script(name: str) -> Path:
+    """A script of this folder or of the project. The program ends if there is none."""
+    for path in (Path(name).resolve(), ROOT / name):
+        if path.is_file():
+            return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    stop(f"--add: there is no file {name}")
+
+
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -230,13 +274,21 @@ def execute(name: str, seed: int, output_dir: Path):
         process = subprocess.run(
             [sys.executable, *shlex.split(command)],
             cwd=ROOT,
-            # With more threads, two runs on two cores would wait for each other.
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # With more threads, two runs on two cores would wait for each other. A fork may lie in
+            # another folder than common.py.
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()},
             stdout=file,
             stderr=subprocess.STDOUT,
         )
     if process.returncode:
-        raise SystemExit(f"{name} with seed {seed} failed: see {log}")
+        last_line = log.read_text().rstrip().rpartition("\n")[2]
+        raise SystemExit(f"{name} with seed {seed} failed: see {log}, which ends in: {last_line}")
+
+
+def python_path() -> str:
+    """Where a run's Python looks for modules: in the project as well."""
+    folders = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return os.pathsep.join(folder for folder in folders if folder)
 
 
 def first_ready(waiting: list[tuple], finished: set[tuple]) -> tuple[str, int] | None:
@@ -617,14 +669,6 @@ def replace_block(path: Path, mark: str, text: str):
     path.write_text(f"{before}{begin}{text}\n{end}{after}")
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table. Its cells are texts."""
-    lines = []
-    for cells in [header, ["---"] * len(header), *rows]:
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def setting(results: dict) -> str:
     """How many runs there are, and with what they were made."""
     runs = []
@@ -637,16 +681,68 @@ def setting(results: dict) -> str:
 
 
 def reward_table(results: dict, rows: dict[str, str]) -> str:
-    """Reward, win rate against the untrained student, and median seconds of the whole run."""
+    """Reward, win rate against the untrained student, and seconds of the whole run."""
     lines = []
     for label, name in rows.items():
         win_rate = ""
         seconds = ""
         if name not in ("student", "teacher"):
-            win_rate = mean_and_error(values(results, name, "win_rate"), digits=2)
-            seconds = f"{statistics.median(values(results, name, 'seconds')):.0f}"
+            seconds = seconds_text(results, name)
+            if not starts_trained(name):
+                win_rate = mean_and_error(values(results, name, "win_rate"), digits=2)
         lines.append([label, mean_and_error(values(results, name)), win_rate, seconds])
     return markdown(["", "oracle reward", "win rate", "seconds"], lines)
+
+
+def starts_trained(name: str) -> bool:
+    """Whether a run trains the student of another run. Then its own win rate is against that one,
+    and cannot stand beside win rates against the untrained student."""
+    return re.search(r"--student {\w+}", RUNS[name]) is not None
+
+
+def seconds_text(results: dict, name: str) -> str:
+    """The median seconds of a run, and behind a plus those of the runs that it takes something
+    from: a model, answers, scores."""
+    text = f"{median_seconds(results, name):.0f}"
+    for needed in with_needs([name]):
+        if needed != name:
+            text += f" + {median_seconds(results, needed):.0f}"
+    return text
+
+
+def median_seconds(results: dict, name: str) -> float:
+    return statistics.median(values(results, name, "seconds"))
+
+
+RESULT_COLUMNS = {
+    "reward before": "reward_before",
+    "reward after": "reward_after",
+    "teacher": "reward_teacher",
+    "win rate": "win_rate",
+    "accuracy": ACCURACY,
+    "best of n": "best_of_n_reward",
+}
+
+
+def result_table(results: dict) -> str:
+    """What a terminal shows at the end: means over seeds ± standard errors. A column that no run
+    has is left out."""
+    columns = {}
+    for label, key in RESULT_COLUMNS.items():
+        for entry in results.values():
+            if isinstance(entry["runs"][0].get(key), float):
+                columns[label] = key
+    lines = [["", *columns, "seconds"]]
+    for name, entry in results.items():
+        cells = []
+        for key in columns.values():
+            has_value = isinstance(entry["runs"][0].get(key), float)
+            if not has_value or (key == "win_rate" and starts_trained(name)):
+                cells.append("–")
+            else:
+                cells.append(mean_and_error(values(results, name, key)))
+        lines.append([name, *cells, seconds_text(results, name)])
+    return aligned(lines)
 
 
 def claim_table(results: dict, claims: list[Claim], header: list[str]) -> str:
@@ -852,30 +948,45 @@ def draw_sweep(axes, results: dict, runs: dict[float, str]):
 
 
 # --------------------------------------------------------------------------------------------- main
+def check_flags(args: Args):
+    """Ends the program before any run if it could not do in the end what the flags ask for."""
+    if args.report and (args.quick or args.only or args.add):
+        stop("--report takes all runs and no others: leave out --quick, --only and --add")
+    if args.report and importlib.util.find_spec("matplotlib") is None:
+        stop("--report draws figures: pip install -r studies/requirements.txt")
+    if args.seeds < 1 or args.at_once < 1:
+        stop(f"--seeds {args.seeds} and --at_once {args.at_once} must be at least 1")
+    try:
+        re.compile(args.only)
+    except re.error as error:
+        stop(f"--only {args.only} is no regular expression: {error}")
+
+
 def main(args: Args):
-    output_dir = ROOT / args.output_dir
-    makes_report = not args.quick and not args.only
-    if makes_report and importlib.util.find_spec("matplotlib") is None:
-        raise SystemExit("figures need matplotlib: pip install -r studies/requirements.txt")
+    check_flags(args)
+    added = added_runs(args.add)
     seed_count = 1 if args.quick else args.seeds
     seeds = range(args.first_seed, args.first_seed + seed_count)
     names = README_RUNS
     if not args.quick:
         names = [name for name in RUNS if re.search(args.only, name)]
-    names = with_needs(names)
+    if not names:
+        stop(f"--only {args.only} matches none of: {', '.join(RUNS)}")
+    RUNS.update(added)
+    names = with_needs([*names, *added])
 
+    output_dir = ROOT / args.output_dir
     execute_all(names, seeds, output_dir, args.at_once)
     results = collect(names, seeds, output_dir)
-    if makes_report:
+    if args.report:
         text = json.dumps(results, indent=1, sort_keys=True)
         (ROOT / "docs/results.json").write_text(text + "\n")
         report(results, ROOT)
-    else:
-        print("README.md and docs/ are left as they are: --quick and --only make no report")
-    for name in names:
-        is_reward_model = "accuracy_after" in results[name]["runs"][0]
-        key = "accuracy_after" if is_reward_model else "reward_after"
-        print(f"{name:<24}{mean_and_error(values(results, name, key))}")
+    print(result_table(results))
+    folders = [os.path.relpath(run_folder(output_dir, name, seeds[0])) for name in names[:3]]
+    print(f"flags and stages side by side: python -m studies.table {shlex.join(folders)}")
+    if not args.report:
+        print("README.md and docs/ are left as they are; --report makes them anew")
 
 
 if __name__ == "__main__":

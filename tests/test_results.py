@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
-from conftest import ROOT, write_jsonl
+from conftest import ROOT, one_error_line, write_jsonl
 
 from playground import world
 from studies import compare
@@ -101,6 +101,25 @@ def test_a_report_of_one_seed_has_no_intervals(pages, figures):
     assert set(intervals) == {0.0}
     reward = RESULTS["dckd"]["runs"][0]["reward_after"]
     assert f"| DCKD | {reward:.3f} | " in (pages / "README.md").read_text()
+
+
+def test_a_run_that_starts_from_another_one_is_shown_with_its_cost_and_without_a_win_rate():
+    """ADPA+ starts from DCKD's student. Its own win rate is against that one."""
+    plus = statistics.median(run["seconds"] for run in RESULTS["adpa_plus"]["runs"])
+    dckd = statistics.median(run["seconds"] for run in RESULTS["dckd"]["runs"])
+    rewards = [run["reward_after"] for run in RESULTS["adpa_plus"]["runs"]]
+    table = compare.reward_table(RESULTS, {"ADPA+": "adpa_plus", "SeqKD": "seqkd"})
+    reward = compare.mean_and_error(rewards)
+    _, _, row, seqkd = table.splitlines()
+    assert row == f"| ADPA+ | {reward} |  | {plus:.0f} + {dckd:.0f} |"
+    assert re.fullmatch(r"\| SeqKD \| \S+ ± \S+ \| \S+ ± \S+ \| \d+ \+ \d+ \|", seqkd)
+    shown = compare.result_table({name: RESULTS[name] for name in ("dckd", "adpa_plus", "rm")})
+    header, _, plus_line, rm_line = shown.splitlines()
+    assert header.split()[:2] == ["reward", "before"]
+    # It has no win rate against the untrained student, no accuracy and no best of n.
+    assert plus_line.split()[-6:] == ["–", "–", "–", f"{plus:.0f}", "+", f"{dckd:.0f}"]
+    accuracies = [run["accuracy_after"] for run in RESULTS["rm"]["runs"]]
+    assert compare.mean_and_error(accuracies) in rm_line
 
 
 def test_every_run_is_there_with_every_seed_and_the_command_that_made_it():
@@ -288,6 +307,7 @@ def commands(monkeypatch) -> list[list[str]]:
 
     def run(words, **keywords):
         started.append(words)
+        assert str(ROOT) in keywords["env"]["PYTHONPATH"]
         return subprocess.CompletedProcess(words, returncode=0)
 
     monkeypatch.setattr(compare.subprocess, "run", run)
@@ -351,6 +371,84 @@ def test_every_run_has_a_log_of_its_own_and_folders_may_have_spaces(tmp_path, co
     assert commands[1] == [sys.executable, "a.py", *flags]
 
 
+def make_runs(monkeypatch) -> list[str]:
+    """Lets `execute` write a finished run in place of a process. Returns their commands."""
+    made = []
+
+    def run(words, **keywords):
+        folder = Path(words[-1])
+        made.append(" ".join(words[1:-2]))
+        finish(folder)
+        rewards = {"reward_before": 0.25, "reward_after": 0.5 + 0.01 * len(made), "seconds": 3.0}
+        (folder / "summary.json").write_text(json.dumps(rewards))
+        write_jsonl(folder / "metrics.jsonl", [{"step": 1}])
+        return subprocess.CompletedProcess(words, returncode=0)
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    monkeypatch.setattr(compare, "RUNS", {"a": "dckd.py", "ab": "pad.py --data {a}/x", "c": "c.py"})
+    return made
+
+
+def test_a_fork_runs_beside_the_runs_of_choice_and_a_table_ends_it(tmp_path, monkeypatch, capsys):
+    """No page is touched. The fork lies outside of the project."""
+    before = [(ROOT / page).read_text() for page in PAGES]
+    fork = tmp_path / "my fork.py"
+    fork.write_text("")
+    made = make_runs(monkeypatch)
+    add = [f"mine='{fork}' --gamma 2", "again=adpa.py --student {mine}/model"]
+    output_dir = str(tmp_path / "runs")
+    compare.main(compare.Args(seeds=2, only="^a$", add=add, output_dir=output_dir, at_once=1))
+    assert made == [
+        "dckd.py --seed 1",
+        f"{fork} --gamma 2 --seed 1",
+        f"adpa.py --student {output_dir}/mine__1/model --seed 1",
+        "dckd.py --seed 2",
+        f"{fork} --gamma 2 --seed 2",
+        f"adpa.py --student {output_dir}/mine__2/model --seed 2",
+    ]
+    header, *rows, advice, pages = capsys.readouterr().out.splitlines()
+    assert header.split() == ["reward", "before", "reward", "after", "seconds"]
+    assert [row.split() for row in rows] == [
+        ["a", "0.250", "±", "0.000", "0.525", "±", "0.015", "3"],
+        ["mine", "0.250", "±", "0.000", "0.535", "±", "0.015", "3"],
+        ["again", "0.250", "±", "0.000", "0.545", "±", "0.015", "3", "+", "3"],
+    ]
+    assert "python -m studies.table" in advice
+    assert "left as they are" in pages
+    assert [(ROOT / page).read_text() for page in PAGES] == before
+
+
+WRONG_FLAGS = {
+    "a report of some runs": ({"report": True, "only": "a"}, "--report takes all runs"),
+    "a report with a fork": ({"report": True, "add": ["m=adpa.py"]}, "--report takes all runs"),
+    "no such run": ({"only": "zzz"}, "--only zzz matches none of: a, ab"),
+    "no regular expression": ({"only": "("}, "is no regular expression"),
+    "no command": ({"add": ["mine"]}, "must look like"),
+    "no name": ({"add": ["=adpa.py"]}, "must look like"),
+    "a name that is taken": ({"add": ["a=adpa.py"]}, "there is a run a already"),
+    "no file": ({"add": ["m=nowhere.py"]}, "there is no file nowhere.py"),
+    "an unknown run": ({"add": ["m=adpa.py --student {x}/model"]}, "there is no run x"),
+    "a quotation mark": ({"add": ['m=adpa.py --data "a']}, "No closing quotation"),
+    "no seed": ({"seeds": 0}, "must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FLAGS)
+def test_what_cannot_be_done_is_one_line_before_any_run(case, monkeypatch, capsys):
+    flags, message = WRONG_FLAGS[case]
+    made = make_runs(monkeypatch)
+    assert message in one_error_line(capsys, compare.main, compare.Args(**flags))
+    assert made == []
+
+
+def test_a_report_needs_matplotlib_before_any_run(monkeypatch, capsys):
+    made = make_runs(monkeypatch)
+    monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
+    error = one_error_line(capsys, compare.main, compare.Args(report=True))
+    assert "pip install -r studies/requirements.txt" in error
+    assert made == []
+
+
 @pytest.mark.slow
 def test_a_run_is_what_its_command_does_and_is_not_made_again(tmp_path, monkeypatch):
     flags = "--data playground/data/test.jsonl --max_steps 2 --eval_prompts 4"
@@ -388,6 +486,7 @@ def test_a_run_is_what_its_command_does_and_is_not_made_again(tmp_path, monkeypa
     assert weights["a__3"] == weights["own"]
     assert weights["a__3"] != weights["b__3"]
 
-    with pytest.raises(SystemExit, match=r"c with seed 3 failed: see .*c__3\.log"):
+    message = r"c with seed 3 failed: see .*c__3\.log, which ends in: error: cannot load"
+    with pytest.raises(SystemExit, match=message):
         compare.execute("c", 3, tmp_path)
     assert "error: cannot load" in (tmp_path / "c__3.log").read_text()
