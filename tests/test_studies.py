@@ -6,6 +6,7 @@ import csv
 import importlib
 import inspect
 import json
+import math
 import random
 import re
 from pathlib import Path
@@ -23,6 +24,8 @@ from conftest import (
     write_jsonl,
 )
 
+import adpa
+import rm_distiller
 from playground.world import all_requests
 from studies import released, rm_pairs, table
 
@@ -30,6 +33,94 @@ PLAYGROUND = ROOT / "playground/data"
 
 
 # ------------------------------------------------------------------------------------- released.py
+def float64(*rows) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def test_the_released_margins_by_hand():
+    """Two likeliest tokens. The teacher's are 0 and 1, the reference's 1 and 2. So token 0 is
+    compared with .3, the teacher's second probability, and token 1 with the reference's .6."""
+    teacher = float64([0.5, 0.3, 0.15, 0.05]).log()
+    reference = float64([0.1, 0.6, 0.2, 0.1]).log()
+    [margins] = released.stabilised_margins(teacher, reference, None, 2).tolist()
+    assert margins == pytest.approx([math.log(0.5 / 0.3), 1e-8, 1e-8, 1e-8])
+    # A margin above 1 becomes 1. The paper's own log-ratios have no bounds.
+    [margins] = released.stabilised_margins(teacher, reference, None, 4).tolist()
+    assert margins == pytest.approx([1 - 1e-8, 1e-8, 1e-8, 1e-8])
+    assert math.log(0.5 / 0.1) > 1.6
+
+
+def test_the_released_margins_equal_what_the_released_functions_returned():
+    """gaoshiping/ADPA a95c32f: `get_reverse_ce` of what `load_input_and_target_probs_fast` makes of
+    margins of `get_margin_logp_token`, for these logits of student, teacher and reference."""
+    torch.manual_seed(1)
+    log_probs = [(2 * torch.randn(6, 120)).log_softmax(-1) for _ in range(3)]
+    student, teacher, reference = log_probs
+    margins = released.stabilised_margins(teacher, reference, None, 50)
+    value = (student.exp() * margins).sum(-1).mean().item()
+    assert value == pytest.approx(0.275852, abs=1e-5)
+    # Neither the clamp alone nor the clamp of the 50 likeliest tokens' exact log-ratios is that.
+    for top_k, expected in ((0, 0.433783), (50, 0.329971)):
+        clipped = adpa.advantages(teacher, reference, (1e-8, 1 - 1e-8), top_k)
+        value = (student.exp() * clipped).sum(-1).mean().item()
+        assert value == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_released_divergence_equals_what_the_released_function_returned():
+    """`jenson_shannon_divergence` of EganGu/PAD 89f2a91 on the rankings of these scores, two
+    prompts with three answers each."""
+    student = float64([1.541, -0.293, -2.179], [0.568, -1.085, -1.399])
+    teacher = float64([0.403, 0.838, -0.719], [-0.403, -0.597, 0.182])
+    values = released.divergence_from_a_shared_mixture(student, teacher)
+    assert values.tolist() == pytest.approx([2.159, 2.031], abs=2e-3)
+
+
+def test_the_released_divergence_equals_a_slow_loop():
+    student = float64([0.3, -1.2], [0.9, 0.1], [-0.4, 0.5])
+    teacher = float64([1.3, 0.2], [-0.9, 0.4], [0.1, -0.2])
+    probs = []
+    for scores in (student, teacher):
+        # Two answers have two rankings, the first of which is won by the first answer.
+        first = scores.exp() / scores.exp().sum(-1, keepdim=True)
+        probs.append([[a, 1 - a] for a in first[:, 0].tolist()])
+    expected = []
+    for i in range(3):
+        total = 0.0
+        for ranking in range(2):
+            mass = sum(side[k][ranking] for side in probs for k in range(3)) / 2
+            for side in probs:
+                total += mass * (math.log(mass) - math.log(side[i][ranking])) / 2
+        expected.append(total)
+    values = released.divergence_from_a_shared_mixture(student, teacher)
+    assert values.tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_released_preference_equals_what_the_released_function_returned():
+    """`get_distil_loss` of microsoft/LMOps 4f2a9de with `seqKD_DPO`, its softmax in float64, gave
+    1.02205 over the five tokens that are not masked."""
+    torch.manual_seed(2)
+    student, teacher = [(2 * torch.randn(2, 5, 7)).double().log_softmax(-1) for _ in range(2)]
+    is_response = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 0, 0]]).bool()
+    values = released.argmax_preference(teacher[is_response], student[is_response])
+    assert values.mean().item() == pytest.approx(1.022052, abs=1e-6)
+
+
+def test_the_released_table_by_hand():
+    """Rewards (1, 2) against (0, 0), margins (1, 4): ½ [(1 − 1)² + (1 − 4)²] and
+    ½ [(2 − 1)² + (2 − 4)²]. Pair by pair it is (1 − 1)² and (2 − 4)²."""
+    better, worse, margins = torch.tensor([[1.0, 2.0], [0.0, 0.0], [1.0, 4.0]])
+    assert released.margin_loss_over_a_table(better, worse, margins).tolist() == [4.5, 2.5]
+    assert rm_distiller.pair_loss(better, worse, margins).tolist() == [0.0, 4.0]
+
+
+def test_the_settings_of_the_release_are_the_variants_flags():
+    """What the configurations say of the number of examples of a forward pass, and of weights."""
+    assert released.VARIANTS["pad"].flags == ["--micro_batch_size", "1"]
+    assert released.VARIANTS["rm_distiller"].flags == ["--micro_batch_size", "4"]
+    assert released.VARIANTS["dpkd"].flags[:4] == ["--kl_chosen", "1", "--kl_rejected", "0"]
+    assert released.VARIANTS["adpa"].flags == ["--top_k", "50"]
+
+
 def test_the_released_preference_by_hand():
     """Of the three tokens the teacher prefers the first and the student the third. With β = 0.1 the
     margin is 0.1 · [log(.2/.5) − log(.6/.2)]."""
@@ -51,7 +142,12 @@ def test_a_variant_takes_the_place_of_a_function_with_the_same_first_arguments(n
     assert replacement[: len(expected)] == expected
 
 
-FLAGS_OF_VARIANTS = {"dpkd": {"kl_chosen": 2, "kl_rejected": 0}}
+FLAGS_OF_VARIANTS = {
+    "adpa": {"top_k": 50},
+    "dpkd": {"kl_chosen": 1, "kl_rejected": 0, "learning_rate": 3e-3},
+    "pad": {"micro_batch_size": 1},
+    "rm_distiller": {"micro_batch_size": 4},
+}
 
 
 @pytest.mark.slow
@@ -83,12 +179,12 @@ def test_a_variant_learns_from_another_loss_than_its_script(name, tmp_path, monk
     assert released_row["losses/total"] != pytest.approx(own_row["losses/total"], rel=1e-3)
 
 
-@pytest.mark.parametrize("words", [[], ["adpa"], ["--help"]])
+@pytest.mark.parametrize("words", [[], ["dckd"], ["--help"]])
 def test_a_variant_that_does_not_exist_is_one_line(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         released.main(words)
     assert stopped.value.code == 2
-    assert "released {dpkd,pad,rm_distiller} [flags" in capsys.readouterr().err
+    assert "released {adpa,dpkd,pad,rm_distiller} [flags" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------- rm_pairs.py
