@@ -103,12 +103,11 @@ class LM:
         self.device = device
         self.trainable = trainable
         try:
-            # The model comes first: one that is refused may have a tokenizer of an odd kind too.
-            self.model, self.checkpoint_dtype = load_model(
-                path, device, trainable, trust_remote_code, is_reward_model
-            )
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(
                 path, trust_remote_code=trust_remote_code
+            )
+            self.model, self.checkpoint_dtype = load_model(
+                path, device, trainable, trust_remote_code, is_reward_model
             )
         except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
             stop(f"cannot load a model with tokenizer from {path}: {error}")
@@ -478,7 +477,7 @@ class LM:
 
 def load_model(path, device, trainable: bool, trust_remote_code: bool, is_reward_model: bool):
     """(the transformers model without dropout, the dtype that its checkpoint declares). ValueError
-    if it lacks weights, or if a reward model has no head that can be read."""
+    if it lacks weights."""
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     text_config = config.get_text_config()
     checkpoint_dtype = config.dtype or text_config.dtype or torch.float32
@@ -489,37 +488,17 @@ def load_model(path, device, trainable: bool, trust_remote_code: bool, is_reward
     auto_class = transformers.AutoModelForCausalLM
     if is_reward_model:
         auto_class = transformers.AutoModelForSequenceClassification
-        has_classifier = type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-        if not has_classifier and not hasattr(config, "auto_map"):
-            raise ValueError(f"transformers has no sequence classifier for {config.model_type}")
     frozen_on_gpu = device.type == "cuda" and not trainable
-    load = partial(
-        auto_class.from_pretrained,
+    model, info = auto_class.from_pretrained(
         path,
         config=config,
         dtype=torch.bfloat16 if frozen_on_gpu else torch.float32,
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
-        # They are refused below, with the shapes.
-        ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    model, info = load()
-    shapes = {name: (saved, expected) for name, saved, expected in info["mismatched_keys"]}
-    if is_reward_model and list(shapes) == ["score.weight"]:
-        # A config that does not say how many labels there are counts two. The weights know better.
-        saved, _ = shapes["score.weight"]
-        config.num_labels = saved[0]
-        model, info = load()
-    for name, saved, expected in info["mismatched_keys"]:
-        raise ValueError(f"{name} has the shape {list(saved)}, by its config {list(expected)}")
     if info["missing_keys"]:
         raise ValueError(f"it lacks weights: {sorted(info['missing_keys'])}")
-    if is_reward_model and not isinstance(getattr(model, "score", None), torch.nn.Linear):
-        raise ValueError(
-            f"{type(model).__name__} has no linear head `score`, which is read at the last token; "
-            "encoders and other classifiers need a reward function that calls them"
-        )
     return model.to(device), checkpoint_dtype
 
 
@@ -900,37 +879,30 @@ def load_reward_function(
     trust_remote_code: bool = False,
     batch_size: int = 32,
     *,
-    label: str = "",
     rows: Sequence[dict] = (),
 ):
     """reward_fn(rows, responses) -> a list with a reward for every response, from --reward.
 
     `spec` is "none", which gives None in place of a function; `file.py:function` or
     `module:function`, see `call_reward_function`; or a reward model, a sequence classifier in a
-    folder or on the hub, of which `label` chooses one label where it has several. A response is a
-    text or a sample {"text", ...}.
+    folder or on the hub. A response is a text or a sample {"text", ...}.
 
     A reward is a finite number, or None where a function says that it does not apply. Anything else
     ends the program. So does a function that needs a column which `rows`, those that it will judge,
     do not have. An error inside a function keeps its traceback.
     """
-    place, _, name = spec.rpartition(":")
-    # A path of Windows has a colon as well, but the name of no function behind it.
-    is_function = bool(place) and name.isidentifier() and not Path(spec).exists()
-    if label and (is_function or spec == "none"):
-        stop(f"--reward_label {label} chooses a label of a reward model; --reward {spec} is none")
     if spec == "none":
         return None
-    if is_function:
+    place, _, name = spec.rpartition(":")
+    # A path of Windows has a colon as well, but the name of no function behind it.
+    if place and name.isidentifier() and not Path(spec).exists():
         function = load_function(spec)
         columns = other_columns(rows)
         if rows:
             check_parameters(function, columns, spec)
         score = partial(call_reward_function, function, columns)
     else:
-        score = load_reward_model(
-            spec, device, trust_remote_code, batch_size=batch_size, label=label
-        )
+        score = load_reward_model(spec, device, trust_remote_code, batch_size)
 
     def reward_fn(rows: list[dict], responses: list[str | dict]) -> list[float | None]:
         samples = []
@@ -1079,15 +1051,10 @@ def check_parameters(function, columns: list[str], spec: str):
             stop(f"--reward {spec} needs {name}=, but is given {', '.join(given)}")
 
 
-def load_reward_model(
-    spec: str, device: torch.device, trust_remote_code: bool, *, batch_size: int, label: str
-):
-    """The scores of a sequence classifier, as a function of rows and samples. A score is the logit
-    of a label, read at the last token of the response, whatever the padding token of the model is.
-    """
+def load_reward_model(spec: str, device: torch.device, trust_remote_code: bool, batch_size: int):
+    """The scores of a sequence classifier, as a function of rows and samples. A score is read at
+    the last token of the response, whatever the padding token of the model is."""
     lm = LM(spec, device, trust_remote_code=trust_remote_code, is_reward_model=True)
-    index = label_index(lm.model.config.id2label, label, spec)
-    check_score(lm)
     lm.model.score.float()
 
     @torch.no_grad()
@@ -1100,39 +1067,10 @@ def load_reward_model(
                 examples.append(Example(row, *lm.encode(row["prompt"], [sample["text"]])))
             batch = pack(examples, lm)
             hidden = lm.hidden_states(batch)[batch.last_index]  # [R, H]
-            scores += lm.model.score(hidden.float())[:, index].tolist()
+            scores += lm.model.score(hidden.float())[:, 0].tolist()
         return scores
 
     return score
-
-
-def label_index(names: dict[int, str], label: str, spec: str) -> int:
-    """Which of the labels of a classifier is the reward: the only one, or the one that
-    --reward_label names, by its name or by its index."""
-    if not label and len(names) == 1:
-        return 0
-    for index, name in names.items():
-        if label and label in (name, str(index)):
-            return index
-    listed = ", ".join(f"{index} ({name})" for index, name in names.items())
-    if label:
-        stop(f"--reward_label {label} is no label of {spec}, which has {listed}")
-    stop(f"--reward {spec} has several labels: choose one with --reward_label: {listed}")
-
-
-@torch.no_grad()
-def check_score(lm: LM):
-    """Compares the logits of a classifier, read as `load_reward_model` reads them, with its own."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(lm.vocab_size, (16,), generator=generator).tolist()
-    ids = [token for token in ids if token != lm.config.pad_token_id]
-    expected = lm.model(torch.tensor([ids], device=lm.device)).logits[0].float()
-    batch = pack([Example(row={}, prompt_ids=ids[:6], response_ids=[ids[6:]])], lm)
-    hidden = lm.hidden_states(batch)[batch.last_index]
-    error = (lm.model.score(hidden)[0].float() - expected).norm() / (1 + expected.norm())
-    tolerance = 1e-4 if lm.model.dtype == torch.float32 else 3e-2
-    if not error < tolerance:  # NaN counts as an error
-        stop(f"{lm.path}: its score is not that of a linear head at the last token ({error:.1e})")
 
 
 # ------------------------------------------------------------------------------------- part 4: runs
@@ -1373,6 +1311,97 @@ def choose_device(name: str) -> torch.device:
         stop(f"cannot use --device {name}: {error}")
 
 
+class Bar:
+    """How far long work is, on standard error: a bar on a terminal, and in a log file a line
+    every twentieth of the work, but not more often than every five seconds. Example:
+
+        with Bar("encoding", total=len(rows), unit="rows") as bar:
+            for row in rows:
+                ...
+                bar.advance(1)
+
+    Work that is over in less than `delay` seconds shows nothing.
+    """
+
+    def __init__(self, name: str, total: int, unit: str, done: int = 0, delay: float = 0.0):
+        self.name = name
+        self.total = total
+        self.unit = unit
+        self.first = done
+        self.done = done
+        self.delay = delay
+        self.values = {}
+        self.started = time.time()
+        self.line_done = done  # when the last line was printed
+        self.line_time = self.started
+        self.terminal_bar = None
+        if sys.stderr.isatty():
+            # A terminal of 0 columns or lines, as containers have it, counts as one of usual size.
+            size = shutil.get_terminal_size()
+            self.terminal_bar = tqdm(
+                desc=name,
+                total=total,
+                initial=done,
+                unit=unit,
+                delay=delay,
+                ncols=min(size.columns, 100),
+                nrows=size.lines,
+                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt} {unit} "
+                "[{elapsed}<{remaining}{postfix}]",
+            )
+
+    def advance(self, count: int, **values: float | None):
+        """`count` more are done. Values such as loss=0.5 are shown beside that. One that is None
+        stays what it was."""
+        self.done += count
+        for name, value in values.items():
+            if value is not None:
+                self.values[name] = f"{name} {value:.3g}"
+        if self.terminal_bar is not None:
+            self.terminal_bar.set_postfix_str(", ".join(self.values.values()), refresh=False)
+            self.terminal_bar.update(count)
+            return
+        seconds = time.time() - self.line_time
+        is_due = self.done - self.line_done >= self.total / 20 and seconds >= 5
+        is_last = self.done == self.total and count > 0
+        if is_due or is_last:
+            self.print_line()
+
+    def print_line(self):
+        took = time.time() - self.started
+        if took < self.delay:
+            return
+        parts = [f"{self.name}: {self.done} of {self.total} {self.unit}", *self.values.values()]
+        parts.append(f"{duration(took)} so far" if self.done < self.total else duration(took))
+        if self.first < self.done < self.total:
+            left = took / (self.done - self.first) * (self.total - self.done)
+            parts.append(f"{duration(left)} to go")
+        print(", ".join(parts), file=sys.stderr, flush=True)
+        self.line_done = self.done
+        self.line_time = time.time()
+
+    def close(self):
+        if self.terminal_bar is not None:
+            self.terminal_bar.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+
+def duration(seconds: float) -> str:
+    """Example: 100 is "1 min 40 s"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    if minutes:
+        return f"{minutes} min {seconds} s"
+    return f"{seconds} s"
+
+
 def cached_map(path: Path, rows: list[dict], function, batch_size: int, seed: int | None = None):
     """function(some rows) for all rows: one dict per row, in order, kept in the JSONL at `path`.
 
@@ -1403,7 +1432,7 @@ def cached_map(path: Path, rows: list[dict], function, batch_size: int, seed: in
     if len(done) == len(rows):
         return [done[row["id"]] for row in rows]
 
-    with tqdm(total=len(rows), desc=path.stem) as progress, path.open("ab") as file:
+    with Bar(path.stem, len(rows), "prompts") as bar, path.open("ab") as file:
         file.truncate(len(complete))
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
@@ -1417,7 +1446,7 @@ def cached_map(path: Path, rows: list[dict], function, batch_size: int, seed: in
                         file.write(json.dumps(done[row["id"]]).encode() + b"\n")
                 file.flush()
                 add_seconds(path.parent, path.stem, time.time() - batch_started)
-            progress.update(len(batch))
+            bar.advance(len(batch))
     return [done[row["id"]] for row in rows]
 
 

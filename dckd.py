@@ -35,11 +35,11 @@ from functools import partial
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from common import (
     LM,
+    Bar,
     Example,
     Metrics,
     cached_map,
@@ -173,10 +173,7 @@ class EvaluationAndOutput:
     eval_split: str = "test"
     """split of --eval_data, where it has several"""
     reward: str = "playground.world:reward"
-    """what gives a response its reward: file.py:function or module:function (which is executed), a
-    reward model, or none"""
-    reward_label: str = ""
-    """label of a reward model that has several, by name or index; its logit is the reward"""
+    """what gives a response its reward: module:function (which is executed) or a reward model"""
     eval_prompts: int = 256
     """held-out prompts of an evaluation, with one response each"""
     eval_temperature: float = 1.0
@@ -280,9 +277,7 @@ def main(args: Args):
     vocab_size = shared_vocab_size(student, teacher)
     train_rows = read_rows(args.data, args.data_split)
     eval_rows = read_rows(args.eval_data, args.eval_split, columns=())
-    reward_fn = load_reward_function(
-        args.reward, device, args.trust_remote_code, label=args.reward_label, rows=eval_rows
-    )
+    reward_fn = load_reward_function(args.reward, device, args.trust_remote_code, rows=eval_rows)
     examples = encode_rows(student, train_rows, ["chosen", "rejected"], args, "training pairs")
     held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")
     eval_rows = [example.row for example in held_out[: args.eval_prompts]]
@@ -315,10 +310,12 @@ def main(args: Args):
     counts = {"tokens": 0, "seconds": 0.0}  # of training so far, kept in the checkpoint
     first_step = load_checkpoint(run_dir / "checkpoint.pt", counts, **state)
     metrics = Metrics(run_dir, args, first_step)
+    if first_step == 0:
+        metrics.log(0, reward_metrics(eval_before))
 
     # ------------------------------------------------------------------------------------- training
-    steps = range(first_step, total_steps)
-    for step in tqdm(steps, initial=first_step, total=total_steps, desc="training"):
+    bar = Bar("training", total_steps, "steps", done=first_step)
+    for step in range(first_step, total_steps):
         step_started = time.time()
         step_batch = step_examples(examples, step, args.batch_size, args.seed)
         losses = {"total": 0.0, "sft": 0.0, "kl_chosen": 0.0, "kl_rejected": 0.0}
@@ -373,6 +370,8 @@ def main(args: Args):
             metrics.log(done, values)
         if done % args.save_every == 0 or is_last:
             save_checkpoint(run_dir / "checkpoint.pt", done, counts, **state)
+        bar.advance(1, loss=losses["total"], reward=values.get("eval/reward"))
+    bar.close()
 
     # -------------------------------------------------------------------------------------- results
     eval_after = evaluate_once(student, "after")

@@ -53,6 +53,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from common import (
     LM,
+    Bar,
     Batch,
     Example,
     Metrics,
@@ -203,10 +204,7 @@ class EvaluationAndOutput:
     eval_split: str = "test"
     """split of --eval_data, where it has several"""
     reward: str = "playground.world:reward"
-    """what gives a response its reward: file.py:function or module:function (which is executed), a
-    reward model, or none"""
-    reward_label: str = ""
-    """label of a reward model that has several, by name or index; its logit is the reward"""
+    """what gives a response its reward: module:function (which is executed) or a reward model"""
     eval_prompts: int = 256
     """held-out prompts of an evaluation, with one response each"""
     eval_temperature: float = 1.0
@@ -482,9 +480,7 @@ def main(args: Args):
     vocab_size = shared_vocab_size(student, teacher)
     train_rows = read_rows(args.data, args.data_split, columns=())
     eval_rows = read_rows(args.eval_data, args.eval_split, columns=())
-    reward_fn = load_reward_function(
-        args.reward, device, args.trust_remote_code, label=args.reward_label, rows=eval_rows
-    )
+    reward_fn = load_reward_function(args.reward, device, args.trust_remote_code, rows=eval_rows)
     prompts = encode_rows(student, train_rows, [], args, "training prompts")
     held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")
     held_out = held_out[: args.eval_prompts]
@@ -548,8 +544,8 @@ def main(args: Args):
     # ------------------------------------------------------------------------------------- training
     refresh_every = args.refresh_every or total_steps
     warned = False
-    steps = range(first_step, total_steps)
-    for step in tqdm(steps, initial=first_step, total=total_steps, desc="training"):
+    bar = Bar("training", total_steps, "steps", done=first_step)
+    for step in range(first_step, total_steps):
         # y_s of this step and of the next ones, by the current student
         if step % refresh_every == 0:
             sampling_started = time.time()
@@ -630,6 +626,8 @@ def main(args: Args):
             metrics.log(done, values)
         if done % args.save_every == 0 or is_last:
             save_checkpoint(run_dir / "checkpoint.pt", done, counts, **state)
+        bar.advance(1, loss=losses["total"], reward=values.get("eval/reward"))
+    bar.close()
 
     # -------------------------------------------------------------------------------------- results
     eval_after = evaluate_once(student, "after")

@@ -55,11 +55,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from common import (
     LM,
+    Bar,
     Example,
     Metrics,
     cached_map,
@@ -263,10 +263,7 @@ class EvaluationAndOutput:
     eval_split: str = "test"
     """split of --eval_data, where it has several"""
     reward: str = "playground.world:reward"
-    """what gives a response its reward: file.py:function or module:function (which is executed), a
-    reward model, or none"""
-    reward_label: str = ""
-    """label of a reward model that has several, by name or index; its logit is the reward"""
+    """what gives a response its reward: module:function (which is executed) or a reward model"""
     eval_prompts: int = 256
     """held-out prompts of an evaluation, with one response each"""
     eval_temperature: float = 1.0
@@ -632,9 +629,7 @@ def main(args: Args):
     if args.max_rows:
         train_rows = train_rows[: args.max_rows]
     eval_rows = read_rows(args.eval_data, args.eval_split, columns=())
-    reward_fn = load_reward_function(
-        args.reward, device, args.trust_remote_code, label=args.reward_label, rows=eval_rows
-    )
+    reward_fn = load_reward_function(args.reward, device, args.trust_remote_code, rows=eval_rows)
     prompts = encode_rows(student, train_rows, [], args, "training prompts")
     held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")
     train_rows = [example.row for example in prompts]
@@ -679,10 +674,12 @@ def main(args: Args):
     counts = {"tokens": 0, "seconds": 0.0}  # of training so far, kept in the checkpoint
     first_step = load_checkpoint(run_dir / "checkpoint.pt", counts, **state)
     metrics = Metrics(run_dir, args, first_step)
+    if first_step == 0:
+        metrics.log(0, reward_metrics(eval_before))
 
     # ------------------------------------------------------------------------------------- training
-    steps = range(first_step, total_steps)
-    for step in tqdm(steps, initial=first_step, total=total_steps, desc="training"):
+    bar = Bar("training", total_steps, "steps", done=first_step)
+    for step in range(first_step, total_steps):
         finished_rounds, step_of_round = divmod(step, steps_per_round)
         if round_number != finished_rounds + 1:
             # A later round begins, or a run is resumed in it. The student that answers now is saved
@@ -737,6 +734,8 @@ def main(args: Args):
             metrics.log(done, values)
         if done % args.save_every == 0 or is_last:
             save_checkpoint(run_dir / "checkpoint.pt", done, counts, **state)
+        bar.advance(1, loss=losses["total"], reward=values.get("eval/reward"))
+    bar.close()
 
     # -------------------------------------------------------------------------------------- results
     eval_after = evaluate_once(student, "after")

@@ -49,7 +49,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     get_cosine_schedule_with_warmup,
@@ -57,6 +56,7 @@ from transformers import (
 
 from common import (
     LM,
+    Bar,
     Batch,
     Example,
     Metrics,
@@ -317,10 +317,7 @@ class EvaluationAndOutput:
     eval_split: str = "test"
     """split of --eval_data, where it has several"""
     reward: str = "playground.world:reward"
-    """what gives a response its reward: file.py:function or module:function (which is executed), a
-    reward model, or none"""
-    reward_label: str = ""
-    """label of a reward model that has several, by name or index; its logit is the reward"""
+    """what gives a response its reward: module:function (which is executed) or a reward model"""
     eval_prompts: int = 256
     """held-out prompts to which --best_of samples answers"""
     eval_temperature: float = 1.0
@@ -912,11 +909,7 @@ def main(args: Args):
     reward_fn = None  # of the best of n
     if args.best_of:
         reward_fn = load_reward_function(
-            args.reward,
-            device,
-            args.trust_remote_code,
-            label=args.reward_label,
-            rows=eval_rows,
+            args.reward, device, args.trust_remote_code, rows=eval_rows
         )
     held_out = encode_rows(student, eval_rows, ["chosen", "rejected"], args, "held-out pairs")
     save_flags(run_dir, args)
@@ -952,10 +945,12 @@ def main(args: Args):
     counts = {"tokens": 0, "seconds": 0.0}  # of training so far, kept in the checkpoint
     first_step = load_checkpoint(run_dir / "checkpoint.pt", counts, **state)
     metrics = Metrics(run_dir, args, first_step)
+    if first_step == 0:
+        metrics.log(0, {"eval/accuracy": statistics.mean(before["all"])})
 
     # ------------------------------------------------------------------------------------- training
-    steps = range(first_step, total_steps)
-    for step in tqdm(steps, initial=first_step, total=total_steps, desc="training"):
+    bar = Bar("training", total_steps, "steps", done=first_step)
+    for step in range(first_step, total_steps):
         step_started = time.time()
         step_batch = step_examples(examples, step, args.batch_size, args.seed)
         losses = {"total": 0.0}
@@ -1009,6 +1004,8 @@ def main(args: Args):
             metrics.log(done, values)
         if done % args.save_every == 0 or is_last:
             save_checkpoint(run_dir / "checkpoint.pt", done, counts, **state)
+        bar.advance(1, loss=losses["total"], accuracy=values.get("eval/accuracy"))
+    bar.close()
 
     # -------------------------------------------------------------------------------------- results
     if first_step == total_steps:

@@ -287,6 +287,13 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def training_rows(run: Path) -> list[dict]:
+    """The metrics of a run, but for the first row: it is of step 0, before any training."""
+    before, *rows = read_jsonl(run / "metrics.jsonl")
+    assert before["step"] == 0
+    return rows
+
+
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

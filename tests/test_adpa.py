@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import first_gradient, read_jsonl, run_script
+from conftest import first_gradient, read_jsonl, run_script, training_rows
 from transformers import AutoModelForCausalLM
 
 from adpa import advantages, expected_advantage
@@ -241,7 +241,7 @@ def test_r04_a_step_equals_a_slow_loop_over_plain_forward_passes(
         top_k=flags.get("top_k", 0),
     )
     gamma = flags["gamma"]
-    [row] = read_jsonl(run / "metrics.jsonl")
+    [row] = training_rows(run)
     assert row["losses/sft"] == pytest.approx(sft, rel=1e-4)
     assert row["losses/advantage"] == pytest.approx(advantage, rel=2e-4)
     assert row["losses/total"] == pytest.approx(sft - gamma * advantage, rel=2e-4)
@@ -255,7 +255,7 @@ def test_without_gamma_it_is_sft_on_the_chosen_answers(checkpoints, pairs, run_t
     run = run_tiny("adpa", gamma=0, teacher_ref=checkpoints["teacher_ref"])
     paths = [checkpoints[name] for name in ("student", "teacher", "teacher_ref")]
     (sft, sft_gradient), _ = slow_step(paths, run, pairs)
-    [row] = read_jsonl(run / "metrics.jsonl")
+    [row] = training_rows(run)
     assert row["losses/total"] == row["losses/sft"] == pytest.approx(sft, rel=1e-4)
     assert_gradient(run, sft_gradient)
 
@@ -263,7 +263,7 @@ def test_without_gamma_it_is_sft_on_the_chosen_answers(checkpoints, pairs, run_t
 def test_r29_a_teacher_that_is_its_own_reference_leaves_exactly_sft(checkpoints, run_tiny):
     sft = run_tiny("adpa", gamma=0, teacher_ref=checkpoints["teacher"])
     same = run_tiny("adpa", gamma=100, teacher_ref=checkpoints["teacher"])
-    [row] = read_jsonl(same / "metrics.jsonl")
+    [row] = training_rows(same)
     assert row["losses/advantage"] == 0 and row["losses/total"] == row["losses/sft"]
     for one, other in zip(first_gradient(sft), first_gradient(same), strict=True):
         assert torch.equal(one, other)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, first_gradient, read_jsonl, run_script, vowels
+from conftest import ROOT, first_gradient, read_jsonl, run_script, training_rows, vowels
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -182,7 +182,7 @@ def test_r04_a_step_equals_a_slow_loop_over_plain_forward_passes(
 ):
     run = run_tiny("studies/baselines", loss=loss, beta=beta, simpo_gamma=gamma)
     expected, gradient = slow_step(loss, checkpoints, pairs, beta, gamma)
-    [row] = read_jsonl(run / "metrics.jsonl")
+    [row] = training_rows(run)
     assert row["losses/total"] == pytest.approx(expected, rel=2e-4)
     if loss == "dpo":
         assert row["losses/total"] == pytest.approx(math.log(2), abs=1e-6)
@@ -194,7 +194,7 @@ def test_the_reference_of_dpo_is_the_initial_student(run_tiny):
     """After some steps the loss has left log 2, which it would not if the reference were trained as
     well."""
     run = run_tiny("studies/baselines", loss="dpo", max_steps=6, learning_rate=3e-3)
-    rows = read_jsonl(run / "metrics.jsonl")
+    rows = training_rows(run)
     assert rows[0]["losses/total"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[-1]["losses/total"] < math.log(2) - 0.1
 
@@ -204,8 +204,8 @@ def test_the_reference_of_dpo_is_the_initial_student(run_tiny):
 def test_r20_the_split_of_a_batch_changes_nothing(loss, run_tiny):
     whole = run_tiny("studies/baselines", loss=loss, micro_batch_size=8)
     parts = run_tiny("studies/baselines", loss=loss, micro_batch_size=3)
-    [one] = read_jsonl(whole / "metrics.jsonl")
-    [other] = read_jsonl(parts / "metrics.jsonl")
+    [one] = training_rows(whole)
+    [other] = training_rows(parts)
     assert one["losses/total"] == pytest.approx(other["losses/total"], rel=1e-5)
     for a, b in zip(first_gradient(whole), first_gradient(parts), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
@@ -267,9 +267,7 @@ def test_r36_an_interrupted_run_ends_with_the_same_bits(loss, checkpoints, pairs
     assert weights.keys() == resumed_weights.keys()
     for name, weight in weights.items():
         assert torch.equal(weight, resumed_weights[name])
-    for row, resumed_row in zip(
-        read_jsonl(whole / "metrics.jsonl"), read_jsonl(died / "metrics.jsonl"), strict=True
-    ):
+    for row, resumed_row in zip(training_rows(whole), training_rows(died), strict=True):
         del row["charts/tokens_per_second"]
         del resumed_row["charts/tokens_per_second"]
         assert row == resumed_row
@@ -298,7 +296,7 @@ def test_r33_a_loss_that_is_not_finite_ends_the_run(loss, pairs, tmp_path, capsy
     numbers, step = message.groups()
     assert re.search(r"\b(nan|inf)\b", numbers)
     assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == int(step) > 0
-    assert len(read_jsonl(run / "metrics.jsonl")) == int(step) and not (run / "model").exists()
+    assert len(training_rows(run)) == int(step) and not (run / "model").exists()
 
 
 def test_r33_a_gradient_that_is_not_finite_ends_the_run_as_well(pairs, tmp_path, capsys):
@@ -332,7 +330,7 @@ def test_a_short_run_improves_the_student(loss, rises, tmp_path):
     run = tmp_path / "run"
     flags = {"loss": loss, "max_steps": 50, "eval_prompts": 128, "eval_every": 50}
     assert run_script("studies/baselines", **flags, output_dir=run) == 0
-    rows = read_jsonl(run / "metrics.jsonl")
+    rows = training_rows(run)
     [reward_after] = [row["eval/reward"] for row in rows if "eval/reward" in row]
     summary = json.loads((run / "summary.json").read_text())
     assert summary["reward_after"] == reward_after

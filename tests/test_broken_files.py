@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command_line, first_rows, one_error_line, read_jsonl
+from conftest import ROOT, command_line, first_rows, one_error_line, training_rows
 
 import dckd
 from common import cached_map, load_checkpoint, save_checkpoint
@@ -155,4 +155,4 @@ def test_r37_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
     assert resumed.returncode == 0, resumed.stderr
     summary = json.loads((run / "summary.json").read_text())
     assert summary["reward_after"]
-    assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == [4]
+    assert [row["step"] for row in training_rows(run)] == [4]

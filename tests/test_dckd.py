@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import first_gradient, read_jsonl, write_jsonl
+from conftest import first_gradient, read_jsonl, training_rows, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from common import LM, encode_rows, read_rows
@@ -213,7 +213,7 @@ def test_r04_a_step_equals_a_slow_loop_over_plain_forward_passes(
 ):
     run = run_tiny("dckd", kl_chosen=0.7, kl_rejected=0.4, top_k=top_k)
     terms, gradients = slow_step(checkpoints["student"], checkpoints["teacher"], pairs, top_k)
-    [row] = read_jsonl(run / "metrics.jsonl")
+    [row] = training_rows(run)
     for name, value in terms.items():
         assert row[f"losses/{name}"] == pytest.approx(value, rel=1e-4)
     total = terms["sft"] + 0.7 * terms["kl_chosen"] + 0.4 * terms["kl_rejected"]
@@ -226,7 +226,7 @@ def test_r04_a_step_equals_a_slow_loop_over_plain_forward_passes(
 
 def test_without_kl_it_is_sft_on_the_chosen_answers(checkpoints, pairs, run_tiny):
     run = run_tiny("dckd", kl_chosen=0, kl_rejected=0)
-    [row] = read_jsonl(run / "metrics.jsonl")
+    [row] = training_rows(run)
     terms, gradients = slow_step(checkpoints["student"], checkpoints["teacher"], pairs)
     assert row["losses/total"] == row["losses/sft"] == pytest.approx(terms["sft"], rel=1e-4)
     assert_gradient(run, gradients["sft"])
@@ -235,14 +235,14 @@ def test_without_kl_it_is_sft_on_the_chosen_answers(checkpoints, pairs, run_tiny
 def test_without_the_rejected_side_it_is_vanilla_distillation(checkpoints, pairs, run_tiny):
     run = run_tiny("dckd", kl_chosen=1, kl_rejected=0)
     terms, gradients = slow_step(checkpoints["student"], checkpoints["teacher"], pairs)
-    [row] = read_jsonl(run / "metrics.jsonl")
+    [row] = training_rows(run)
     assert row["losses/total"] == pytest.approx(terms["sft"] + terms["kl_chosen"], rel=1e-4)
     assert_gradient(run, weighted(gradients, sft=1.0, kl_chosen=1.0))
 
 
 def test_r29_a_student_that_is_its_teacher_has_kl_zero(checkpoints, pairs, run_tiny):
     run = run_tiny("dckd", teacher=checkpoints["student"], kl_chosen=5, kl_rejected=5)
-    [row] = read_jsonl(run / "metrics.jsonl")
+    [row] = training_rows(run)
     assert row["losses/kl_chosen"] == pytest.approx(0, abs=1e-6)
     assert row["losses/kl_rejected"] == pytest.approx(0, abs=1e-6)
     _, gradients = slow_step(checkpoints["student"], checkpoints["student"], pairs)
@@ -257,7 +257,7 @@ def test_swapped_answers_leave_the_kl_as_it_is(pairs, run_tiny, tmp_path):
     logged = []
     for data in (pairs, swapped):
         run = run_tiny("dckd", data=data, kl_chosen=1, kl_rejected=1)
-        logged += read_jsonl(run / "metrics.jsonl")
+        logged += training_rows(run)
     one, other = logged
     assert one["losses/kl_chosen"] == pytest.approx(other["losses/kl_rejected"], rel=1e-5)
     assert one["losses/kl_rejected"] == pytest.approx(other["losses/kl_chosen"], rel=1e-5)

@@ -26,6 +26,7 @@ from conftest import (
     read_jsonl,
     run_script,
     save,
+    training_rows,
     write_jsonl,
 )
 from safetensors.torch import load_file
@@ -568,7 +569,7 @@ def test_r04_a_step_equals_a_slow_loop_over_plain_forward_passes(checkpoints, ru
     run = run_tiny("pad", **NO_FILTER, loss=loss.__name__, beta=beta)
     rows = read_jsonl(run / "scores_1.jsonl")
     value, gradient = slow_step(checkpoints["student"], rows, loss, beta, alpha=1.0)
-    [row] = read_jsonl(run / "metrics.jsonl")
+    [row] = training_rows(run)
     assert row["losses/total"] == pytest.approx(value, rel=1e-3)
     for measured, expected in zip(first_gradient(run), gradient, strict=True):
         torch.testing.assert_close(measured.double(), expected, rtol=5e-3, atol=1e-5)
@@ -676,7 +677,7 @@ def test_the_filter_and_what_is_said_of_the_judge(checkpoints, pairs, feed, caps
     assert code == 0
     assert f"{count} kept; judge: p(A) + p(B) 0.5833, p(A) 0.25" in out
     assert f"{count} of {count} rows" in out
-    [row] = read_jsonl(run / "metrics.jsonl")
+    [row] = training_rows(run)
     assert row["charts/judge_mass"] == pytest.approx(1.75 / 3, abs=1e-4)
     assert row["charts/judge_p_a"] == pytest.approx(0.25, abs=1e-4)
     assert row["charts/judge_kept"] == share
@@ -725,7 +726,7 @@ def test_scores_of_another_program_are_weighed_with_this_runs_alpha(
         row["id"] = result["id"]
         row["prompt"] = [{"role": "user", "content": row["prompt"]}]
     value, _ = slow_step(checkpoints["student"], rows, ppd, beta=2.0, alpha=alpha)
-    [row] = read_jsonl(run / "metrics.jsonl")
+    [row] = training_rows(run)
     assert row["losses/total"] == pytest.approx(value, rel=1e-4)
     assert row["charts/judge_kept"] == 1
 
@@ -808,7 +809,7 @@ def test_scores_without_n_answers_leave_no_row(columns, run_on_scores, capsys):
 def test_r29_a_student_that_is_its_teacher_has_divergence_zero(checkpoints, pairs, feed):
     samples, _ = samples_and_scores(pairs, JUDGED)
     run, _ = feed({"samples_1.jsonl": samples}, alpha=1.0, teacher=checkpoints["student"])
-    [row] = read_jsonl(run / "metrics.jsonl")
+    [row] = training_rows(run)
     assert row["losses/total"] == pytest.approx(0, abs=1e-6)
     assert row["charts/grad_norm"] < 1e-3
 
@@ -914,7 +915,7 @@ def saved_step(run) -> int:
 
 
 def without_clock(run) -> list[dict]:
-    rows = read_jsonl(run / "metrics.jsonl")
+    rows = training_rows(run)
     for row in rows:
         row.pop("charts/tokens_per_second", None)
     return rows
@@ -948,7 +949,7 @@ def test_r36_rounds_and_runs_that_are_killed_in_every_stage_of_them(tmp_path):
     in_both = first_answers.keys() & second_answers.keys()
     changed = [row_id for row_id in in_both if first_answers[row_id] != second_answers[row_id]]
     assert len(changed) > 50
-    logged = [row["charts/judge_kept"] for row in read_jsonl(whole / "metrics.jsonl")]
+    logged = [row["charts/judge_kept"] for row in training_rows(whole)]
     assert logged == pytest.approx([share_kept(first, 64)] * 6 + [share_kept(second, 64)] * 6)
 
     # The answers of the second round are of a student that is kept.
@@ -958,7 +959,7 @@ def test_r36_rounds_and_runs_that_are_killed_in_every_stage_of_them(tmp_path):
         assert saved_step(run) == step
         process = ScriptProcess("pad", {"resume": run})
     # In the midst of the second round.
-    assert kill_in(process, run / "metrics.jsonl", lines=10) < 12
+    assert kill_in(process, run / "metrics.jsonl", lines=11) < 13
     assert saved_step(run) == 8
     process = ScriptProcess("pad", {"resume": run})
     assert process.wait(200) == 0, process.output()

@@ -19,6 +19,7 @@ from conftest import (
     read_jsonl,
     run_script,
     save,
+    training_rows,
     vowels,
     write_jsonl,
 )
@@ -396,7 +397,7 @@ def test_r04_r44_a_step_equals_a_slow_loop_over_plain_forward_passes(
     path = annotations(tmp_path, pairs)
     run = run_tiny("rm_distiller", annotations=path, **STEP, **flags)
     expected, gradient = slow_step(checkpoints, path, flags)
-    [metrics] = read_jsonl(run / "metrics.jsonl")
+    [metrics] = training_rows(run)
     terms = {"total", "pair"}
     if flags.get("kl_coef", 0.1) > 0:
         terms |= {"kl", "nll"}
@@ -434,7 +435,7 @@ def test_the_teachers_answer_is_no_part_of_the_row_if_nothing_needs_it(
     for row in read_rows(str(path), "train", (better, "rejected")):
         _, responses = lm.encode(row["prompt"], [row[column] for column in columns])
         tokens += sum(len(response) for response in responses)
-    [metrics] = read_jsonl(run / "metrics.jsonl")
+    [metrics] = training_rows(run)
     assert metrics["charts/tokens"] == tokens
 
 
@@ -448,7 +449,7 @@ def test_of_every_pair_only_its_own_margin_counts(checkpoints, pairs, run_tiny, 
         rows[3]["score_refined"] += more
         changed = write_jsonl(tmp_path / f"changed{more}.jsonl", rows)
         run = run_tiny("rm_distiller", annotations=changed, **STEP, kl_coef=0, margin_scale=1)
-        losses.append(read_jsonl(run / "metrics.jsonl")[0]["losses/pair"])
+        losses.append(training_rows(run)[0]["losses/pair"])
 
     lm = LM(checkpoints["student"], CPU)
     head = seeded_head(32)
@@ -656,7 +657,7 @@ def test_accuracy_by_subset_equals_a_slow_count(evaluated):
         assert error == pytest.approx((share * (1 - share) / count) ** 0.5)
         assert re.search(rf"^{subset} +{count} rows .* → {share:.3f} ± {error:.3f}$", out, re.M)
     assert summary["accuracy_after"] == summary["accuracy"]["all"][0]
-    [*_, last] = read_jsonl(run / "metrics.jsonl")
+    [*_, last] = training_rows(run)
     assert last["eval/accuracy"] == summary["accuracy_after"]
 
 
