@@ -103,11 +103,12 @@ class LM:
         self.device = device
         self.trainable = trainable
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
-                path, trust_remote_code=trust_remote_code
-            )
+            # The model comes first: one that is refused may have a tokenizer of an odd kind too.
             self.model, self.checkpoint_dtype = load_model(
                 path, device, trainable, trust_remote_code, is_reward_model
+            )
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                path, trust_remote_code=trust_remote_code
             )
         except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
             stop(f"cannot load a model with tokenizer from {path}: {error}")
@@ -477,7 +478,7 @@ class LM:
 
 def load_model(path, device, trainable: bool, trust_remote_code: bool, is_reward_model: bool):
     """(the transformers model without dropout, the dtype that its checkpoint declares). ValueError
-    if it lacks weights."""
+    if it lacks weights, or if a reward model has no head that can be read."""
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     text_config = config.get_text_config()
     checkpoint_dtype = config.dtype or text_config.dtype or torch.float32
@@ -488,17 +489,37 @@ def load_model(path, device, trainable: bool, trust_remote_code: bool, is_reward
     auto_class = transformers.AutoModelForCausalLM
     if is_reward_model:
         auto_class = transformers.AutoModelForSequenceClassification
+        has_classifier = type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        if not has_classifier and not hasattr(config, "auto_map"):
+            raise ValueError(f"transformers has no sequence classifier for {config.model_type}")
     frozen_on_gpu = device.type == "cuda" and not trainable
-    model, info = auto_class.from_pretrained(
+    load = partial(
+        auto_class.from_pretrained,
         path,
         config=config,
         dtype=torch.bfloat16 if frozen_on_gpu else torch.float32,
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
+        # They are refused below, with the shapes.
+        ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
+    model, info = load()
+    shapes = {name: (saved, expected) for name, saved, expected in info["mismatched_keys"]}
+    if is_reward_model and list(shapes) == ["score.weight"]:
+        # A config that does not say how many labels there are counts two. The weights know better.
+        saved, _ = shapes["score.weight"]
+        config.num_labels = saved[0]
+        model, info = load()
+    for name, saved, expected in info["mismatched_keys"]:
+        raise ValueError(f"{name} has the shape {list(saved)}, by its config {list(expected)}")
     if info["missing_keys"]:
         raise ValueError(f"it lacks weights: {sorted(info['missing_keys'])}")
+    if is_reward_model and not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise ValueError(
+            f"{type(model).__name__} has no linear head `score`, which is read at the last token; "
+            "encoders and other classifiers need a reward function that calls them"
+        )
     return model.to(device), checkpoint_dtype
 
 
@@ -879,30 +900,37 @@ def load_reward_function(
     trust_remote_code: bool = False,
     batch_size: int = 32,
     *,
+    label: str = "",
     rows: Sequence[dict] = (),
 ):
     """reward_fn(rows, responses) -> a list with a reward for every response, from --reward.
 
     `spec` is "none", which gives None in place of a function; `file.py:function` or
     `module:function`, see `call_reward_function`; or a reward model, a sequence classifier in a
-    folder or on the hub. A response is a text or a sample {"text", ...}.
+    folder or on the hub, of which `label` chooses one label where it has several. A response is a
+    text or a sample {"text", ...}.
 
     A reward is a finite number, or None where a function says that it does not apply. Anything else
     ends the program. So does a function that needs a column which `rows`, those that it will judge,
     do not have. An error inside a function keeps its traceback.
     """
-    if spec == "none":
-        return None
     place, _, name = spec.rpartition(":")
     # A path of Windows has a colon as well, but the name of no function behind it.
-    if place and name.isidentifier() and not Path(spec).exists():
+    is_function = bool(place) and name.isidentifier() and not Path(spec).exists()
+    if label and (is_function or spec == "none"):
+        stop(f"--reward_label {label} chooses a label of a reward model; --reward {spec} is none")
+    if spec == "none":
+        return None
+    if is_function:
         function = load_function(spec)
         columns = other_columns(rows)
         if rows:
             check_parameters(function, columns, spec)
         score = partial(call_reward_function, function, columns)
     else:
-        score = load_reward_model(spec, device, trust_remote_code, batch_size)
+        score = load_reward_model(
+            spec, device, trust_remote_code, batch_size=batch_size, label=label
+        )
 
     def reward_fn(rows: list[dict], responses: list[str | dict]) -> list[float | None]:
         samples = []
@@ -1051,10 +1079,15 @@ def check_parameters(function, columns: list[str], spec: str):
             stop(f"--reward {spec} needs {name}=, but is given {', '.join(given)}")
 
 
-def load_reward_model(spec: str, device: torch.device, trust_remote_code: bool, batch_size: int):
-    """The scores of a sequence classifier, as a function of rows and samples. A score is read at
-    the last token of the response, whatever the padding token of the model is."""
+def load_reward_model(
+    spec: str, device: torch.device, trust_remote_code: bool, *, batch_size: int, label: str
+):
+    """The scores of a sequence classifier, as a function of rows and samples. A score is the logit
+    of a label, read at the last token of the response, whatever the padding token of the model is.
+    """
     lm = LM(spec, device, trust_remote_code=trust_remote_code, is_reward_model=True)
+    index = label_index(lm.model.config.id2label, label, spec)
+    check_score(lm)
     lm.model.score.float()
 
     @torch.no_grad()
@@ -1067,10 +1100,39 @@ def load_reward_model(spec: str, device: torch.device, trust_remote_code: bool, 
                 examples.append(Example(row, *lm.encode(row["prompt"], [sample["text"]])))
             batch = pack(examples, lm)
             hidden = lm.hidden_states(batch)[batch.last_index]  # [R, H]
-            scores += lm.model.score(hidden.float())[:, 0].tolist()
+            scores += lm.model.score(hidden.float())[:, index].tolist()
         return scores
 
     return score
+
+
+def label_index(names: dict[int, str], label: str, spec: str) -> int:
+    """Which of the labels of a classifier is the reward: the only one, or the one that
+    --reward_label names, by its name or by its index."""
+    if not label and len(names) == 1:
+        return 0
+    for index, name in names.items():
+        if label and label in (name, str(index)):
+            return index
+    listed = ", ".join(f"{index} ({name})" for index, name in names.items())
+    if label:
+        stop(f"--reward_label {label} is no label of {spec}, which has {listed}")
+    stop(f"--reward {spec} has several labels: choose one with --reward_label: {listed}")
+
+
+@torch.no_grad()
+def check_score(lm: LM):
+    """Compares the logits of a classifier, read as `load_reward_model` reads them, with its own."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(lm.vocab_size, (16,), generator=generator).tolist()
+    ids = [token for token in ids if token != lm.config.pad_token_id]
+    expected = lm.model(torch.tensor([ids], device=lm.device)).logits[0].float()
+    batch = pack([Example(row={}, prompt_ids=ids[:6], response_ids=[ids[6:]])], lm)
+    hidden = lm.hidden_states(batch)[batch.last_index]
+    error = (lm.model.score(hidden)[0].float() - expected).norm() / (1 + expected.norm())
+    tolerance = 1e-4 if lm.model.dtype == torch.float32 else 3e-2
+    if not error < tolerance:  # NaN counts as an error
+        stop(f"{lm.path}: its score is not that of a linear head at the last token ({error:.1e})")
 
 
 # ------------------------------------------------------------------------------------- part 4: runs

@@ -263,7 +263,10 @@ class EvaluationAndOutput:
     eval_split: str = "test"
     """split of --eval_data, where it has several"""
     reward: str = "playground.world:reward"
-    """what gives a response its reward: module:function (which is executed) or a reward model"""
+    """what gives a response its reward: file.py:function or module:function (which is executed), a
+    reward model, or none"""
+    reward_label: str = ""
+    """label of a reward model that has several, by name or index; its logit is the reward"""
     eval_prompts: int = 256
     """held-out prompts of an evaluation, with one response each"""
     eval_temperature: float = 1.0
@@ -629,7 +632,9 @@ def main(args: Args):
     if args.max_rows:
         train_rows = train_rows[: args.max_rows]
     eval_rows = read_rows(args.eval_data, args.eval_split, columns=())
-    reward_fn = load_reward_function(args.reward, device, args.trust_remote_code, rows=eval_rows)
+    reward_fn = load_reward_function(
+        args.reward, device, args.trust_remote_code, label=args.reward_label, rows=eval_rows
+    )
     prompts = encode_rows(student, train_rows, [], args, "training prompts")
     held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")
     train_rows = [example.row for example in prompts]

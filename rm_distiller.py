@@ -317,7 +317,10 @@ class EvaluationAndOutput:
     eval_split: str = "test"
     """split of --eval_data, where it has several"""
     reward: str = "playground.world:reward"
-    """what gives a response its reward: module:function (which is executed) or a reward model"""
+    """what gives a response its reward: file.py:function or module:function (which is executed), a
+    reward model, or none"""
+    reward_label: str = ""
+    """label of a reward model that has several, by name or index; its logit is the reward"""
     eval_prompts: int = 256
     """held-out prompts to which --best_of samples answers"""
     eval_temperature: float = 1.0
@@ -909,7 +912,11 @@ def main(args: Args):
     reward_fn = None  # of the best of n
     if args.best_of:
         reward_fn = load_reward_function(
-            args.reward, device, args.trust_remote_code, rows=eval_rows
+            args.reward,
+            device,
+            args.trust_remote_code,
+            label=args.reward_label,
+            rows=eval_rows,
         )
     held_out = encode_rows(student, eval_rows, ["chosen", "rejected"], args, "held-out pairs")
     save_flags(run_dir, args)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,7 +18,21 @@ from conftest import (
     save,
     write_jsonl,
 )
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    CohereConfig,
+    CohereForCausalLM,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from common import compare_rewards, load_reward_function, mean_reward, read_rows, reward_metrics
 
@@ -359,22 +374,31 @@ def test_r67_a_function_that_applies_to_no_response_is_one_line(capsys):
 
 
 # ------------------------------------------------------------------------------------ reward models
-@pytest.fixture
-def reward_model(tmp_path, tokenizer):
-    """(folder, model) of a random reward model, whose padding is the end of turn: the trap."""
+def tiny_classifier(folder: Path, tokenizer, labels: list[str], pad_token_id=0):
+    """(folder, model) of a random classifier of Llama's shape with these labels."""
+    names = dict(enumerate(labels))
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        num_labels=1,
+        id2label=names,
+        label2id={name: index for index, name in names.items()},
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         initializer_range=0.3,
-        pad_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad_token_id,
     )
     model = LlamaForSequenceClassification(config)
-    return save(tmp_path / "rm", tokenizer, model), model
+    return save(folder, tokenizer, model), model
+
+
+@pytest.fixture
+def reward_model(tmp_path, tokenizer):
+    """(folder, model) of a random reward model, whose padding is the end of turn: the trap."""
+    return tiny_classifier(
+        tmp_path / "rm", tokenizer, ["reward"], pad_token_id=tokenizer.eos_token_id
+    )
 
 
 def test_r43_a_reward_model_is_read_at_the_last_token_even_when_pad_is_eos(reward_model, load):
@@ -391,6 +415,167 @@ def test_r43_a_reward_model_is_read_at_the_last_token_even_when_pad_is_eos(rewar
             hidden = model.model(torch.tensor([prompt_ids + response_ids])).last_hidden_state
             expected = model.score(hidden[0, -1]).item()
         assert reward == pytest.approx(expected, abs=1e-4)
+
+
+def own_logits(model, tokenizer, response: str) -> list[float]:
+    """What transformers' classifier says of a chat."""
+    chat = [*QUESTION, {"role": "assistant", "content": response}]
+    ids = tokenizer.apply_chat_template(chat, return_dict=False)
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].tolist()
+
+
+def test_r70_a_judge_with_several_labels_is_refused_with_its_labels(tmp_path, tokenizer, capsys):
+    path, _ = tiny_classifier(tmp_path / "rm", tokenizer, ["bad", "good"])
+
+    error = one_error_line(capsys, load_reward_function, path, CPU)
+
+    assert "has several labels: choose one with --reward_label: 0 (bad), 1 (good)" in error
+
+
+@pytest.mark.parametrize("label", ["helpfulness", "honesty", "0", "2"])
+def test_r70_the_label_that_is_chosen_is_the_reward(label, tmp_path, tokenizer):
+    labels = ["helpfulness", "honesty", "brevity"]
+    path, model = tiny_classifier(tmp_path / "rm", tokenizer, labels)
+    index = labels.index(label) if label in labels else int(label)
+    responses = ["A.", "Something longer."]
+
+    reward_fn = load_reward_function(path, CPU, label=label)
+
+    expected = [own_logits(model, tokenizer, response)[index] for response in responses]
+    assert abs(expected[0] - expected[1]) > 0.01
+    rewards = reward_fn([{"prompt": QUESTION}] * 2, responses)
+    assert rewards == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("labels", [["bad", "good"], ["only"]])
+def test_r70_a_label_that_is_not_there_is_refused(labels, tmp_path, tokenizer, capsys):
+    path, _ = tiny_classifier(tmp_path / "rm", tokenizer, labels)
+
+    for label in ("better", "2", "-1"):
+        error = one_error_line(capsys, load_reward_function, path, CPU, label=label)
+        assert f"--reward_label {label} is no label of {path}, which has 0 ({labels[0]})" in error
+
+
+@pytest.mark.parametrize("spec", ["none", "conftest:vowels"])
+def test_r70_a_label_for_what_has_none_is_refused(spec, capsys):
+    error = one_error_line(capsys, load_reward_function, spec, CPU, label="good")
+
+    assert "--reward_label good" in error and spec in error
+
+
+@pytest.mark.parametrize("rows_of_head", [1, 2, 3])
+def test_r71_a_config_without_labels_has_those_of_the_weights(
+    rows_of_head, tmp_path, tokenizer, capsys
+):
+    """transformers takes such a config for one of two labels."""
+    path, model = tiny_classifier(tmp_path / "rm", tokenizer, ["a", "b", "c"][:rows_of_head])
+    config_file = tmp_path / "rm" / "config.json"
+    config = json.loads(config_file.read_text())
+    del config["id2label"], config["label2id"]
+    config_file.write_text(json.dumps(config))
+
+    if rows_of_head > 1:
+        error = one_error_line(capsys, load_reward_function, path, CPU)
+        last = rows_of_head - 1
+        assert f"{last} (LABEL_{last})" in error
+    reward_fn = load_reward_function(path, CPU, label=str(rows_of_head - 1))
+    [reward] = reward_fn([{"prompt": QUESTION}], ["A."])
+    assert reward == pytest.approx(own_logits(model, tokenizer, "A.")[-1], abs=1e-4)
+
+
+def small(config_class, vocab_size: int, **more):
+    """A small config of an encoder."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return config_class(
+        vocab_size=vocab_size, **sizes, intermediate_size=64, num_labels=1, pad_token_id=0, **more
+    )
+
+
+OTHER_CLASSIFIERS = {
+    "Bert": (BertConfig, BertForSequenceClassification),
+    "Roberta": (RobertaConfig, RobertaForSequenceClassification),
+    "DebertaV2": (DebertaV2Config, DebertaV2ForSequenceClassification),
+    "ModernBert": (ModernBertConfig, ModernBertForSequenceClassification),
+}
+
+
+@pytest.mark.parametrize("family", OTHER_CLASSIFIERS)
+def test_r71_an_encoder_is_refused_with_the_reason(family, tmp_path, tokenizer, capsys):
+    config_class, model_class = OTHER_CLASSIFIERS[family]
+    model = model_class(small(config_class, len(tokenizer)))
+    path = save(tmp_path / "rm", tokenizer, model)
+
+    error = one_error_line(capsys, load_reward_function, path, CPU)
+
+    assert f"{family}ForSequenceClassification has no linear head `score`" in error
+    assert "need a reward function" in error
+
+
+def test_r71_a_head_under_another_name_is_refused_with_the_weights_it_lacks(
+    tmp_path, tokenizer, capsys
+):
+    """As the value heads of OpenRLHF and TRL."""
+    path, _ = tiny_classifier(tmp_path / "rm", tokenizer, ["reward"])
+    file = tmp_path / "rm" / "model.safetensors"
+    weights = load_file(file)
+    weights["value_head.weight"] = weights.pop("score.weight")
+    save_file(weights, file, {"format": "pt"})
+
+    error = one_error_line(capsys, load_reward_function, path, CPU)
+
+    assert "lacks weights: ['score.weight']" in error
+
+
+def test_r71_weights_of_another_shape_are_refused_with_the_shapes(
+    checkpoints, tmp_path, capsys, load
+):
+    """Not with transformers' words, which name a report that is switched off here."""
+    shutil.copytree(checkpoints["student"], tmp_path / "model")
+    config_file = tmp_path / "model" / "config.json"
+    config = json.loads(config_file.read_text())
+    config["intermediate_size"] = 48
+    config_file.write_text(json.dumps(config))
+
+    error = one_error_line(capsys, load, str(tmp_path / "model"))
+
+    assert re.search(r"\.weight has the shape \[.*\], by its config \[.*48.*\]", error)
+    assert "report" not in error
+
+
+def test_r71_an_architecture_without_classifier_is_refused_with_the_reason(
+    tmp_path, tokenizer, capsys
+):
+    torch.manual_seed(0)
+    config = CohereConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    path = save(tmp_path / "rm", tokenizer, CohereForCausalLM(config))
+
+    error = one_error_line(capsys, load_reward_function, path, CPU)
+
+    assert "transformers has no sequence classifier for cohere" in error
+
+
+def test_r71_a_score_that_is_not_the_heads_is_refused(reward_model, capsys, monkeypatch):
+    """As in an architecture that scales its scores, or reads them at another token."""
+    path, model = reward_model
+    forward = type(model).forward
+
+    def scaled(self, *arguments, **keywords):
+        output = forward(self, *arguments, **keywords)
+        output.logits = 1.01 * output.logits
+        return output
+
+    monkeypatch.setattr(type(model), "forward", scaled)
+
+    error = one_error_line(capsys, load_reward_function, path, CPU)
+
+    assert "its score is not that of a linear head at the last token" in error
 
 
 # -------------------------------------------------------------------------------------------- none
