@@ -19,7 +19,10 @@ Letters in shapes:
 """
 
 import asyncio
+import codecs
+import csv
 import errno
+import glob
 import hashlib
 import importlib
 import importlib.metadata
@@ -28,6 +31,7 @@ import inspect
 import io
 import itertools
 import json
+import lzma
 import math
 import os
 import pickle
@@ -726,110 +730,277 @@ def weighted(weight: float, term: torch.Tensor) -> torch.Tensor | float:
 
 
 # ------------------------------------------------------------------------------------- part 3: data
-def read_rows(source: str, split: str, columns=("chosen", "rejected")) -> list[dict]:
-    """Preference data from a .jsonl, .json or .parquet file, a folder or a hub id.
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
+FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")  # and ".txt" where lines of text serve
 
-    A row has a `prompt` and the named columns. The prompt is a text or a list of chat messages. A
-    column is a text or a conversation, of which the last turn counts. Without a prompt, `chosen`
-    and `rejected` are conversations that share all turns but the last. A returned row has an `id`,
-    the prompt as messages, the columns as texts, and whatever else it had. As `record` it has the
-    row as it was read. The program ends with the line or the row that cannot be read.
+
+def read_rows(
+    source: str, split: str, columns=("chosen", "rejected"), config: str = ""
+) -> list[dict]:
+    """The rows of a file, a folder or a hub id: each has a prompt and the named columns.
+
+    A column is a response: a text, or a conversation that ends with it. The turns before it are the
+    prompt. A column `prompt` says the same, as a text or as messages, or says it alone. Where
+    nothing says it, the prompt is what `messages` or `conversations` hold before their last
+    response. A message has `role` and `content`, or `from` and `value`.
+
+    A returned row has an `id`, the prompt as messages, the columns as texts, and whatever else it
+    had but images and sounds. As `record` it has the row as it was read. The program ends with the
+    file and row that cannot be read.
     """
     rows = []
-    for number, record in enumerate(read_records(source, split), 1):
+    for number, (file, place, record) in enumerate(read_records(source, split, config), 1):
         try:
             rows.append(read_row(record, number, columns))
         except ValueError as error:
-            stop(f"{source}, row {number}: {error}: {repr(record)[:200]}")
+            stop(f"{file}, row {place}: {error}: {repr(record)[:200]}")
     return rows
 
 
-def read_records(source: str, split: str) -> list:
-    """The records of a file, a folder or a hub id, one per row, unchanged."""
-    if source.endswith((".json", ".jsonl")):
-        # Not by `datasets`, which would turn the text "2021-01-01" into a date.
-        return read_json(Path(source))
-    from datasets import load_dataset  # takes a second to import
+def read_records(source: str, split: str, config: str, kinds=FILE_KINDS) -> list[tuple]:
+    """(file, row in it, record) for every record of a split. A file is one split, of any name. The
+    program ends with a file that is of none of the kinds."""
+    path = Path(source)
+    if not path.exists() and file_kind(path) not in kinds:
+        return read_hub(source, split, config)
+    if path.is_file() and config:
+        stop(f"{source} is a file, which has no config {config}")
+    records = {}  # by split, for train[:90%] and train+test
+    for name in re.findall(r"(?:^|\+)\s*([^\s\[+]+)", split):
+        files = [path]
+        if path.is_dir() and file_kind(path) != ".parquet":
+            files = folder_files(path, name, config)
+        records[name] = []
+        for file in files:
+            for number, record in enumerate(read_file(file, kinds), 1):
+                records[name].append((str(file), number, record))
+    if split in records:
+        return records[split]
+
+    from datasets import ReadInstruction  # takes a second to import
+
+    wanted = []
+    lengths = {name: len(part) for name, part in records.items()}
+    try:
+        for part in ReadInstruction.from_spec(split).to_absolute(lengths):
+            wanted += records[part.splitname][part.from_ : part.to]
+    except (ValueError, AssertionError) as error:
+        stop(f"cannot read the split {split} of {source}: {error}")
+    return wanted
+
+
+def read_hub(source: str, split: str, config: str) -> list[tuple]:
+    """(hub id, row, record) for every record of a split of a dataset on the hub."""
+    from datasets import load_dataset
     from datasets.exceptions import DatasetsError
-    from pyarrow.parquet import read_table
 
     try:
-        if source.endswith(".parquet"):
-            return read_table(source).to_pylist()
-        return list(load_dataset(source, split=split))
+        dataset = load_dataset(source, config or None, split=split)
     except (OSError, ValueError, DatasetsError) as error:
-        stop(f"cannot read {source} (split {split}): {error}")
+        stop(f"cannot read {source} (split {split}, config {config or 'not named'}): {error}")
+    names = columns_without_bytes(dataset.features.arrow_schema)
+    return [(source, number, row) for number, row in enumerate(dataset.select_columns(names), 1)]
 
 
-def read_json(path: Path) -> list:
-    """The records of a file that has one on each line, or one JSON list of them."""
-    records = []
-    place = str(path)
+def folder_files(folder: Path, split: str, config: str) -> list[Path]:
+    """The files of a split: those that the README lists, or else by their names, as on the hub."""
+    from datasets import load_dataset_builder
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    readme = folder / "README.md"
     try:
+        if config or (readme.exists() and "\nconfigs:" in readme.read_text()):
+            files = load_dataset_builder(str(folder), config or None).config.data_files
+        else:
+            base_path = glob.escape(folder.resolve().as_posix())  # its name may have brackets
+            patterns = get_data_patterns(base_path)
+            files = DataFilesDict.from_patterns(patterns, base_path=base_path)
+    except (OSError, ValueError) as error:
+        stop(f"cannot read {folder}: {error}")
+    if split not in files:
+        stop(f"cannot read {folder}: it has no split {split}, but {', '.join(map(str, files))}")
+    return [Path(file) for file in files[split]]
+
+
+def file_kind(path: Path) -> str:
+    """The suffix of a file in small letters, without that of a compression: .csv for A.CSV.gz."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def read_file(path: Path, kinds: tuple[str, ...]) -> list:
+    """The records of a file. Texts stay what they are: `datasets` makes dates of some."""
+    kind = file_kind(path)
+    if kind not in kinds:
+        wanted = f"a file of the kinds {', '.join(kinds)}, also with {', '.join(COMPRESSIONS)}"
+        stop(f"cannot read {path}: what is needed is {wanted}, or a folder of such files")
+    try:
+        if kind == ".parquet":
+            return read_parquet(path)
+        data = read_bytes(path)
+        if kind == ".txt":
+            lines = io.StringIO(data.decode(), newline=None)
+            return [{"text": line.removesuffix("\n")} for line in lines]
+        if kind == ".csv":
+            return read_csv(data)
+        return read_json(data)
+    except (OSError, ValueError, RecursionError, lzma.LZMAError) as error:
+        # An error in a line begins with its number.
+        place = f"{path}, " if str(error).startswith("line ") else f"{path}: "
+        stop(f"cannot read {place}{error}")
+
+
+def read_bytes(path: Path) -> bytes:
+    """What is in a file, decompressed and without a byte-order mark."""
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    if compression is None:
         data = path.read_bytes()
-        if data.lstrip().startswith(b"["):
-            return json.loads(data)
-        for number, line in enumerate(data.splitlines(), 1):
-            place = f"{path}, line {number}"
+    elif compression == "xz":
+        data = lzma.decompress(path.read_bytes())
+    else:
+        import pyarrow
+
+        with pyarrow.input_stream(str(path), compression=compression) as file:
+            data = file.read()
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
+def read_json(data: bytes) -> list:
+    """The records of JSON with one on each line, or with one list of them."""
+    if data.lstrip().startswith(b"["):
+        return json.loads(data)
+    records = []
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
             if line.strip():
                 records.append(json.loads(line))
-    except (OSError, ValueError, RecursionError) as error:
-        stop(f"cannot read {place}: {error}")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number}: {error}") from error
     return records
+
+
+def read_csv(data: bytes) -> list[dict]:
+    """The records of CSV whose first line names the columns. Every value is a text."""
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(io.StringIO(data.decode(), newline=""), strict=True)
+    records = []
+    try:
+        for record in reader:
+            if None in record:
+                raise ValueError("it has more values than the first line has names")
+            records.append(record)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"line {reader.reader.line_num}: {error}") from error
+    return records
+
+
+def read_parquet(path: Path) -> list[dict]:
+    """The records of a file, or of a folder of parts with the name of a file."""
+    import pyarrow.dataset
+
+    try:
+        dataset = pyarrow.dataset.dataset(str(path), format="parquet")
+        return dataset.to_table(columns=columns_without_bytes(dataset.schema)).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from error
+
+
+def columns_without_bytes(schema) -> list[str]:
+    """The columns of an Arrow schema that hold no bytes, which images and sounds are."""
+
+    def holds_bytes(kind) -> bool:
+        parts = [kind.field(i).type for i in range(kind.num_fields)]
+        if parts:
+            return any(holds_bytes(part) for part in parts)
+        return "binary" in str(kind)
+
+    return [field.name for field in schema if not holds_bytes(field.type)]
 
 
 def read_row(record, number: int, columns) -> dict:
     """A row as `read_rows` returns it. ValueError says why a record is not valid."""
     if not isinstance(record, dict):
         raise ValueError("this is not an object with columns")
-    prompt = read_prompt(record)
-    texts = [last_text(record, column) for column in columns]
+    prompt = read_prompt(record, columns)
+    texts = []
+    for column in columns:
+        turns_before, text = read_response(record, column)
+        if turns_before and spoken(turns_before) != spoken(prompt):
+            raise ValueError(f"the turns before the response in {column} are not the prompt")
+        texts.append(text)
+    content = [prompt, texts]
     # JSON can spell half a character, "\ud83e", which no tokenizer takes.
-    if re.search(r"[\ud800-\udfff]", json.dumps([prompt, texts], ensure_ascii=False)):
+    if re.search(r"[\ud800-\udfff]", json.dumps(content, ensure_ascii=False, default=str)):
         raise ValueError("half a character (a lone surrogate) stands in a text")
-    digest = hashlib.sha256(json.dumps([prompt, texts]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
     row = {**record, "record": record, "id": f"{number}-{digest[:8]}", "prompt": prompt}
     return row | dict(zip(columns, texts))
 
 
-def read_prompt(record: dict) -> list[dict]:
-    """The prompt of a record as messages, or the turns that its two conversations share."""
-    prompt = record.get("prompt")
-    chosen = record.get("chosen")
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    if prompt is None and isinstance(chosen, list):
-        prompt = chosen[:-1]
-        rejected = record.get("rejected", chosen)
-        if not isinstance(rejected, list) or rejected[:-1] != prompt:
-            raise ValueError("chosen and rejected differ in more than their last turn")
-    if not isinstance(prompt, list) or not prompt:
-        raise ValueError(f"a prompt is needed, as text or messages; found {sorted(record)}")
-    for message in prompt:
-        message_text(message)
+def read_prompt(record: dict, columns) -> list[dict]:
+    """The prompt of a record as messages. The last of them is one that an assistant answers."""
+    missing = [column for column in columns if record.get(column) is None]
+    prompt = []
+    if record.get("prompt") is not None:
+        prompt = read_turns(record["prompt"], "prompt", role="user")
+    for column in [*columns, "chosen"]:
+        if not prompt and isinstance(record.get(column), list):
+            prompt, _ = read_response(record, column)
+    for column in ("messages", "conversations"):
+        if not prompt and record.get(column) is not None:
+            prompt = read_turns(record[column], column, role="user")
+            if prompt[-1]["role"] == "assistant":
+                prompt = prompt[:-1]
+    if missing or not prompt:
+        needed = ", ".join(["prompt", *columns])
+        found = ", ".join(name for name in record if record[name] is not None)
+        raise ValueError(f"the columns {needed} are needed, found {found}")
+    role = prompt[-1]["role"]
+    if role not in ("user", "tool"):
+        raise ValueError(f"the prompt ends with a turn of the {role}, not of the user or a tool")
     return prompt
 
 
-def last_text(record: dict, column: str) -> str:
-    """The text in a column of a record, or the last turn of the conversation in it."""
-    value = record.get(column)
+def read_response(record: dict, column: str) -> tuple[list[dict], str]:
+    """(the turns before it, its text) of the response in a column."""
+    *turns_before, last = read_turns(record[column], column, role="assistant")
+    if last["role"] != "assistant":
+        raise ValueError(f"the last turn of {column} is the {last['role']}'s, not the assistant's")
+    for key in ("tool_calls", "reasoning_content", "thinking"):
+        if last.get(key):
+            raise ValueError(f"the response in {column} is more than a text, it has {key}")
+    return turns_before, last["content"]
+
+
+def read_turns(value, column: str, role: str) -> list[dict]:
+    """Messages, from messages, from one message, or from a text, which gets the role."""
     if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"a column {column} is needed, as text or chat; found {sorted(record)}")
-    return message_text(value[-1])
+        return [{"role": role, "content": value}]
+    messages = [value] if isinstance(value, dict) else value
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{column} is neither a text nor a conversation")
+    return [read_message(message, column) for message in messages]
 
 
-def message_text(message) -> str:
-    """The content of a chat message, which has a role and a content, both text."""
+def read_message(message, column: str) -> dict:
+    """A chat message with `role` and `content`. In some files they are called from and value."""
     if isinstance(message, dict):
-        role = message.get("role")
-        content = message.get("content")
-        if isinstance(role, str) and isinstance(content, str):
-            return content
-    raise ValueError(
-        f"this is not a message with a role and a content as text: {repr(message)[:100]}"
-    )
+        # A parquet file writes all keys that any message has.
+        message = {key: value for key, value in message.items() if value is not None}
+        if "role" not in message and "from" in message:
+            role = str(message.pop("from"))
+            message["role"] = {"human": "user", "gpt": "assistant"}.get(role, role)
+            message["content"] = message.pop("value", None)
+        if isinstance(message.get("role"), str) and isinstance(message.get("content"), str):
+            return message
+    raise ValueError(f"a message of {column} has no role and content as text")
+
+
+def spoken(turns: list[dict]) -> list[tuple[str, str]]:
+    """Who said what."""
+    return [(turn["role"], turn["content"]) for turn in turns]
 
 
 def encode_rows(lm: LM, rows: list[dict], columns, args, label: str) -> list[Example]:

@@ -43,7 +43,6 @@ import random
 import time
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -52,6 +51,7 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from common import (
+    FILE_KINDS,
     LM,
     Bar,
     Batch,
@@ -140,10 +140,12 @@ class Method:
     sft_coef: float = 0.0
     """weight of the cross-entropy on the teacher's y_t (released code: 0.5; the paper: none)"""
     lm_data: str = ""
-    """corpus of L_LM: a .txt file, or a column `text` in a .jsonl, .json or .parquet file or a hub
-    id, cut into pieces of --max_response_tokens; if empty, L_LM is left out"""
+    """corpus of L_LM: a .txt file, or a column `text` in what --data can be, cut into pieces of
+    --max_response_tokens; if empty, L_LM is left out"""
+    lm_config: str = ""
+    """config of --lm_data, where a hub id has several"""
     lm_split: str = "train"
-    """split of --lm_data, where it has several"""
+    """split of --lm_data, or a part of one"""
     lm_coef: float = 1.0
     """λ, weight of L_LM (the paper gives none; 1 is plain addition)"""
 
@@ -182,9 +184,11 @@ class ModelsAndData:
     teacher: str = "playground/teacher"
     """frozen teacher: a hub id or a folder"""
     data: str = "playground/data/train.jsonl"
-    """training rows: a .jsonl, .json or .parquet file, a folder or a hub id"""
+    """training rows: a .jsonl, .json, .csv or .parquet file, a folder or a hub id"""
+    data_config: str = ""
+    """config of --data, where a hub id has several"""
     data_split: str = "train"
-    """split of --data, where it has several"""
+    """split of --data, or a part of one, such as train[:90%]; a file is one split, of any name"""
     max_prompt_tokens: int = 512
     """rows with longer prompts are dropped and counted"""
     max_response_tokens: int = 256
@@ -201,8 +205,10 @@ class ModelsAndData:
 class EvaluationAndOutput:
     eval_data: str = "playground/data/test.jsonl"
     """held-out rows, of which only the prompts are used"""
+    eval_config: str = ""
+    """config of --eval_data, where a hub id has several"""
     eval_split: str = "test"
-    """split of --eval_data, where it has several"""
+    """split of --eval_data, or a part of one"""
     reward: str = "playground.world:reward"
     """what gives a response its reward: file.py:function or module:function (which is executed), a
     reward model, or none"""
@@ -300,14 +306,15 @@ def mean_logps(examples: list[Example], lm: LM, vocab_size: int, args: Args) -> 
 
 
 # --------------------------------------------------------------------------------- corpus of L_LM
-def read_corpus(lm: LM, source: str, split: str, size: int) -> list[Example]:
-    """Documents in pieces of `size` tokens, each an example whose prompt is its first token.
+def read_corpus(lm: LM, args: Args) -> list[Example]:
+    """The documents of --lm_data, cut into pieces of --max_response_tokens. A piece is an example
+    whose prompt is its first token.
 
     Special tokens that are written in a text are recognised, so that it may hold conversations.
     Begin and end of a document are added if they are missing. Blank documents are left out.
     """
     pieces = []
-    for text in read_texts(source, split):
+    for text in read_texts(args.lm_data, args.lm_split, args.lm_config):
         if not text.strip():
             continue
         ids = lm.tokenizer(text, add_special_tokens=False).input_ids
@@ -315,30 +322,25 @@ def read_corpus(lm: LM, source: str, split: str, size: int) -> list[Example]:
             ids = lm.bos_ids + ids
         if ids[-1:] != lm.eos_ids[:1]:
             ids = ids + lm.eos_ids[:1]
-        for start in range(0, len(ids), size):
-            piece = ids[start : start + size]
+        for start in range(0, len(ids), args.max_response_tokens):
+            piece = ids[start : start + args.max_response_tokens]
             # Nothing predicts the first token of a piece.
             if len(piece) > 1:
                 pieces.append(Example(row={}, prompt_ids=piece[:1], response_ids=[piece[1:]]))
     if not pieces:
-        stop(f"--lm_data {source} holds no text")
+        stop(f"--lm_data {args.lm_data} holds no text")
     return pieces
 
 
-def read_texts(source: str, split: str) -> list[str]:
+def read_texts(source: str, split: str, config: str) -> list[str]:
     """The documents of a corpus: lines of a .txt file, or the column `text` of something else."""
-    if source.endswith(".txt"):
-        try:
-            with Path(source).open(encoding="utf-8") as file:
-                return [line.removesuffix("\n") for line in file]
-        except (OSError, ValueError) as error:
-            stop(f"cannot read --lm_data {source}: {error}")
     texts = []
-    for number, record in enumerate(read_records(source, split), 1):
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+    kinds = (*FILE_KINDS, ".txt")
+    for file, number, record in read_records(source, split, config, kinds):
+        if not isinstance(record, dict) or not isinstance(record.get("text", 0), str | None):
             found = str(record)[:200]
-            stop(f"--lm_data {source}, row {number}: a column text is needed, found {found}")
-        texts.append(record["text"])
+            stop(f"--lm_data {file}, row {number}: a column text is needed, found {found}")
+        texts.append(record["text"] or "")
     return texts
 
 
@@ -481,8 +483,8 @@ def main(args: Args):
     device = choose_device(args.device)
     student, teacher = load_models(args, device)
     vocab_size = shared_vocab_size(student, teacher)
-    train_rows = read_rows(args.data, args.data_split, columns=())
-    eval_rows = read_rows(args.eval_data, args.eval_split, columns=())
+    train_rows = read_rows(args.data, args.data_split, columns=(), config=args.data_config)
+    eval_rows = read_rows(args.eval_data, args.eval_split, columns=(), config=args.eval_config)
     reward_fn = load_reward_function(
         args.reward, device, args.trust_remote_code, label=args.reward_label, rows=eval_rows
     )
@@ -495,7 +497,7 @@ def main(args: Args):
     eval_rows = [example.row for example in held_out]
     corpus = []
     if args.lm_data:
-        corpus = read_corpus(student, args.lm_data, args.lm_split, args.max_response_tokens)
+        corpus = read_corpus(student, args)
     save_flags(run_dir, args)
 
     # ------------------------------------------------------------------------ evaluation at step 0

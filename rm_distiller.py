@@ -295,9 +295,11 @@ class ModelsAndData:
     teacher: str = "playground/teacher"
     """frozen teacher: a hub id or a folder"""
     data: str = "playground/data/train.jsonl"
-    """training rows: a .jsonl, .json or .parquet file, a folder or a hub id"""
+    """training rows: a .jsonl, .json, .csv or .parquet file, a folder or a hub id"""
+    data_config: str = ""
+    """config of --data, where a hub id has several"""
     data_split: str = "train"
-    """split of --data, where it has several"""
+    """split of --data, or a part of one, such as train[:90%]; a file is one split, of any name"""
     max_prompt_tokens: int = 512
     """rows with longer prompts are dropped and counted"""
     max_response_tokens: int = 256
@@ -314,8 +316,10 @@ class ModelsAndData:
 class EvaluationAndOutput:
     eval_data: str = "playground/data/rm_test.jsonl"
     """held-out pairs; a column `subset` or `source` gives each of its values a line of its own"""
+    eval_config: str = ""
+    """config of --eval_data, where a hub id has several"""
     eval_split: str = "test"
-    """split of --eval_data, where it has several"""
+    """split of --eval_data, or a part of one"""
     reward: str = "playground.world:reward"
     """what gives a response its reward: file.py:function or module:function (which is executed), a
     reward model, or none"""
@@ -747,7 +751,8 @@ def check_column(rows: list[dict], column: str, types, problem: str):
 def read_annotations(args: Args) -> list[dict]:
     """The rows of --annotations, with all columns that they are learned from."""
     columns = response_columns(args)
-    rows = read_rows(args.annotations, args.data_split, columns[:2])
+    source = args.annotations
+    rows = read_rows(source, args.data_split, columns=columns[:2], config=args.data_config)
     problem = f"cannot learn from --annotations {args.annotations}"
     for column in columns[:2]:
         check_column(rows, f"score_{column}", (int, float), problem)
@@ -905,10 +910,10 @@ def main(args: Args):
     if args.annotations:
         rows = read_annotations(args)
     else:
-        rows = read_rows(args.data, args.data_split)
+        rows = read_rows(args.data, args.data_split, config=args.data_config)
         pairs = encode_rows(student, rows, ["chosen", "rejected"], args, "training pairs")
         rows = [example.row for example in pairs]
-    eval_rows = read_rows(args.eval_data, args.eval_split)
+    eval_rows = read_rows(args.eval_data, args.eval_split, config=args.eval_config)
     reward_fn = None  # of the best of n
     if args.best_of:
         reward_fn = load_reward_function(

@@ -166,9 +166,11 @@ class ModelsAndData:
     teacher: str = "playground/teacher"
     """frozen teacher: a hub id or a folder"""
     data: str = "playground/data/train.jsonl"
-    """training rows: a .jsonl, .json or .parquet file, a folder or a hub id"""
+    """training rows: a .jsonl, .json, .csv or .parquet file, a folder or a hub id"""
+    data_config: str = ""
+    """config of --data, where a hub id has several"""
     data_split: str = "train"
-    """split of --data, where it has several"""
+    """split of --data, or a part of one, such as train[:90%]; a file is one split, of any name"""
     max_prompt_tokens: int = 512
     """rows with longer prompts are dropped and counted"""
     max_response_tokens: int = 256
@@ -185,8 +187,10 @@ class ModelsAndData:
 class EvaluationAndOutput:
     eval_data: str = "playground/data/test.jsonl"
     """held-out rows, of which only the prompts are used"""
+    eval_config: str = ""
+    """config of --eval_data, where a hub id has several"""
     eval_split: str = "test"
-    """split of --eval_data, where it has several"""
+    """split of --eval_data, or a part of one"""
     reward: str = "playground.world:reward"
     """what gives a response its reward: file.py:function or module:function (which is executed), a
     reward model, or none"""
@@ -356,8 +360,8 @@ def main(args: Args):
         vocab_size = shared_vocab_size(student, teacher)
     # Reverse KL learns from responses of the student, so it reads nothing of the data but prompts.
     columns = [] if args.loss == "reverse_kl" else ["chosen", "rejected"]
-    train_rows = read_rows(args.data, args.data_split, columns)
-    eval_rows = read_rows(args.eval_data, args.eval_split, columns=())
+    train_rows = read_rows(args.data, args.data_split, columns=columns, config=args.data_config)
+    eval_rows = read_rows(args.eval_data, args.eval_split, columns=(), config=args.eval_config)
     reward_fn = load_reward_function(
         args.reward, device, args.trust_remote_code, label=args.reward_label, rows=eval_rows
     )

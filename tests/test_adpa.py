@@ -288,7 +288,7 @@ def test_the_answers_of_stage_one_are_those_of_the_named_model(
         "adpa", states=states, sample_temperature=0, teacher_ref=checkpoints["teacher_ref"]
     )
     lm = LM(checkpoints[states], torch.device("cpu"))
-    rows = read_rows(str(pairs), "train")
+    rows = read_rows(str(pairs), "train", ["chosen"])
     prompts = [lm.prompt_ids(row["prompt"]) for row in rows]
     expected = lm.sample(prompts, temperature=0, max_new_tokens=40, batch_size=3, seed=9)
     written = read_jsonl(run / f"{states}_answers.jsonl")

@@ -601,116 +601,6 @@ def test_r14_r16_templates_that_refuse_or_rewrite_a_prompt_end_the_program(tmp_p
 
 # --------------------------------------------------------------------------------------------- data
 PLAIN = {"prompt": "p", "chosen": "good", "rejected": "bad"}
-CONVERSATIONS = {
-    "chosen": [turn("user", "p"), turn("assistant", "good")],
-    "rejected": [turn("user", "p"), turn("assistant", "bad")],
-}
-LAST_TURNS = {"chosen": [turn("assistant", "good")], "rejected": [turn("assistant", "bad")]}
-FORMS = {
-    "text": PLAIN,
-    "messages as prompt": {**PLAIN, "prompt": [turn("user", "p")]},
-    "responses as messages": {**PLAIN, **LAST_TURNS},
-    "prompt and conversations": {**PLAIN, **CONVERSATIONS},
-    "implicit prompt": CONVERSATIONS,
-}
-
-
-def write_rows(path: Path, rows: list[dict]) -> str:
-    """Writes rows as the kind of file that the suffix names."""
-    if path.suffix == ".parquet":
-        import datasets
-
-        datasets.Dataset.from_list(rows).to_parquet(path)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    else:
-        write_jsonl(path, rows)
-    return str(path)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
-def test_all_forms_of_a_row_read_the_same(tmp_path, form, suffix):
-    path = write_rows(tmp_path / f"rows{suffix}", [FORMS[form]])
-
-    [row] = read_rows(path, "train")
-
-    assert row["prompt"] == [turn("user", "p")]
-    assert row["chosen"] == "good"
-    assert row["rejected"] == "bad"
-    assert row["id"].startswith("1-")
-
-
-def test_text_that_looks_like_a_date_stays_text(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", [{**PLAIN, "prompt": "2021-01-01"}])
-
-    [row] = read_rows(path, "train")
-
-    assert row["prompt"][0]["content"] == "2021-01-01"
-
-
-@pytest.mark.parametrize(
-    "good, bad",
-    [("Yes, it is.", "Yes"), ("Yes", "Yes, it is."), ("No", "Yes"), ("Y", "N")],
-    ids=["rejected is a prefix", "chosen is a prefix", "differ at once", "one character"],
-)
-def test_r15_implicit_prompts_end_where_the_last_turn_begins(tmp_path, good, bad):
-    shared = [turn("user", "Is it?"), turn("assistant", "Maybe."), turn("user", "Well?")]
-    conversations = {
-        "chosen": [*shared, turn("assistant", good)],
-        "rejected": [*shared, turn("assistant", bad)],
-    }
-    path = write_rows(tmp_path / "rows.jsonl", [conversations])
-
-    [row] = read_rows(path, "train")
-
-    assert row["prompt"] == shared
-    assert row["chosen"] == good
-    assert row["rejected"] == bad
-
-
-GOOD_LINE = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
-OTHER_CONTEXT = {**CONVERSATIONS, "rejected": [turn("user", "q"), turn("assistant", "c")]}
-BAD_FILES = {  # the bytes of a file, and what the error must name
-    "broken line": (GOOD_LINE + b'{"prompt": "a", "cho', "line 2"),
-    "not UTF-8": (GOOD_LINE + b'{"prompt": "\xff"}', "line 2"),
-    "nested without end": (GOOD_LINE + b'{"a":' * 100_000, "line 2"),
-    "half a character": (GOOD_LINE + GOOD_LINE.replace(b'"c"', b'"\\ud83e"'), "row 2"),
-    "missing column": (b'{"prompt": "a", "chosen": "b"}', "row 1"),
-    "number as prompt": (b'{"prompt": 3, "chosen": "b", "rejected": "c"}', "row 1"),
-    "null as response": (b'{"prompt": "a", "chosen": null, "rejected": "c"}', "row 1"),
-    "no prompt": (b'{"chosen": "b", "rejected": "c"}', "row 1"),
-    "different contexts": (json.dumps(OTHER_CONTEXT).encode(), "row 1"),
-    "not an object": (b"[1, 2]", "row 1"),
-    "a bare number": (b"17", "row 1"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_r46_bad_files_are_one_line_with_the_place(tmp_path, capsys, case):
-    content, place = BAD_FILES[case]
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content)
-
-    error = one_error_line(capsys, read_rows, str(path), "train")
-
-    assert f"{path}, {place}:" in error
-
-
-def test_a_missing_column_is_named_with_what_was_found(tmp_path, capsys):
-    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "chosen": "b", "score": 3}])
-
-    error = one_error_line(capsys, read_rows, path, "train")
-
-    assert "a column rejected is needed" in error
-    assert "found ['chosen', 'prompt', 'score']" in error
-
-
-@pytest.mark.parametrize(
-    "source", ["/no/such/file.jsonl", "/no/such/file.parquet", "no-such/hub-id", "/no/folder"]
-)
-def test_r46_missing_data_is_one_line(source, capsys):
-    assert source in one_error_line(capsys, read_rows, source, "train")
 
 
 def limits(max_prompt_tokens: int, max_response_tokens: int) -> SimpleNamespace:
@@ -730,7 +620,7 @@ def test_r17_r18_r19_r46_rows_that_do_not_fit_are_dropped_and_counted(load, tmp_
         {**PLAIN, "prompt": "long " * 100_000},
         {**PLAIN, "chosen": "long " * 60},
     ]
-    rows = read_rows(write_rows(tmp_path / "rows.jsonl", rows), "train")
+    rows = read_rows(str(write_jsonl(tmp_path / "rows.jsonl", rows)), "train")
     columns = ["chosen", "rejected"]
 
     examples = encode_rows(lm, rows, columns, limits(40, 40), "training pairs")

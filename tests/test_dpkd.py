@@ -4,6 +4,7 @@ it samples, interrupted runs, its corpus, and the collapse on old responses of t
 import math
 import random
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +36,7 @@ from common import (
     save_checkpoint,
 )
 from dpkd import (
+    Args,
     PendingSamples,
     has_collapsed,
     implicit_rewards,
@@ -287,7 +289,7 @@ def test_r04_a_step_equals_a_slow_loop_over_plain_forward_passes(
         path = tmp_path / "corpus.txt"
         path.write_text(CORPUS)
         flags = {**flags, "lm_data": path}
-        corpus = read_corpus(LM(checkpoints["student"], CPU), str(path), "train", 40)
+        corpus = read_corpus(LM(checkpoints["student"], CPU), corpus_flags(path, 40))
     run = run_tiny("dpkd", **flags)
     values, gradients = slow_step(
         run,
@@ -555,6 +557,11 @@ def all_ids(pieces: list[Example]) -> list[int]:
     return ids
 
 
+def corpus_flags(path: Path, size: int) -> Args:
+    """The flags of dpkd.py for a corpus in pieces of `size` tokens."""
+    return Args(lm_data=str(path), max_response_tokens=size)
+
+
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_a_corpus_is_cut_into_pieces_and_nothing_is_lost(adds_bos, tmp_path):
     tokenizer = make_tokenizer()
@@ -572,7 +579,7 @@ def test_a_corpus_is_cut_into_pieces_and_nothing_is_lost(adds_bos, tmp_path):
     texts = ["Some text of a corpus. " * 9, "x", "", conversation]
     rows = [{"text": text, "other": 1} for text in texts]
     path = write_jsonl(tmp_path / "corpus.jsonl", rows)
-    pieces = read_corpus(lm, str(path), "train", 16)
+    pieces = read_corpus(lm, corpus_flags(path, 16))
     for piece in pieces:
         assert len(piece.prompt_ids) == 1 and 1 <= len(piece.response_ids[0]) <= 15
 
@@ -597,7 +604,7 @@ def test_all_files_of_a_corpus_read_the_same(load, tmp_path, suffix):
         write_jsonl(path, [{"text": text} for text in texts])
     lm = load("student")
     decoded = []
-    for piece in read_corpus(lm, str(path), "train", 99):
+    for piece in read_corpus(lm, corpus_flags(path, 99)):
         ids = piece.prompt_ids + piece.response_ids[0]
         decoded.append(lm.tokenizer.decode(ids, skip_special_tokens=True))
     assert decoded == texts
@@ -605,7 +612,7 @@ def test_all_files_of_a_corpus_read_the_same(load, tmp_path, suffix):
 
 def test_texts_that_are_dates_stay_texts(tmp_path):
     path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": "2021-01-01"}])
-    assert read_texts(str(path), "train") == ["2021-01-01"]
+    assert read_texts(str(path), "train", "") == ["2021-01-01"]
 
 
 CORPORA = {
@@ -627,7 +634,7 @@ def test_r46_a_corpus_that_cannot_be_read_is_one_line(load, tmp_path, capfd, cas
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(SystemExit) as end:
-        read_corpus(load("student"), str(tmp_path / name), "train", 99)
+        read_corpus(load("student"), corpus_flags(tmp_path / name, 99))
     line = capfd.readouterr().err.splitlines()[-1]
     assert end.value.code == 2
     assert line.startswith("error: ") and name in line
