@@ -56,6 +56,7 @@ from common import (
     Bar,
     Example,
     Metrics,
+    begin_run,
     cached_map,
     check_flags,
     choose_device,
@@ -73,8 +74,8 @@ from common import (
     print_summary,
     read_rows,
     reward_metrics,
+    row_numbers,
     save_checkpoint,
-    save_flags,
     save_model,
     save_summary,
     shared_vocab_size,
@@ -356,7 +357,7 @@ def main(args: Args):
     held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")
     train_rows = [example.row for example in answered]
     eval_rows = [example.row for example in held_out[: args.eval_prompts]]
-    save_flags(run_dir, args)
+    begin_run(run_dir, args, [student, teacher, teacher_ref], data=answered, eval_data=held_out)
 
     # ------------------------------------------------------------------------ evaluation at step 0
     # It comes before a checkpoint is read, so that "before" is the untrained student in every run.
@@ -424,9 +425,8 @@ def main(args: Args):
 
         grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), args.max_grad_norm)
         if not math.isfinite(losses["total"]) or not math.isfinite(grad_norm):
-            row_ids = [example.row["id"] for example in step_batch]
             numbers = f"loss {losses['total']}, gradient norm {grad_norm}"
-            stop(f"{numbers} in step {step} on rows {row_ids}")
+            stop(f"{numbers} in step {step} on rows {row_numbers(step_batch)}")
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()

@@ -45,6 +45,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -86,6 +87,11 @@ def error_note(note: str):
 
 
 # -------------------------------------------------------------------------- part 1: language models
+# Some chat templates write the date into a prompt. It is that on which the run began, also after
+# midnight, and when the run is resumed (see `open_run`).
+CLOCK = {"began": datetime.now()}
+
+
 class LM:
     """A language model with its tokenizer, from a hub id or a local folder (safetensors only).
 
@@ -209,6 +215,9 @@ class LM:
 
     def apply_template(self, messages: list[dict], **keywords) -> str | list[int]:
         """The tokenizer's `apply_chat_template`. ChatTemplateError if it refuses the messages."""
+        if "strftime_now" in str(self.tokenizer.chat_template):
+            template = self.tokenizer.get_chat_template()
+            keywords["chat_template"] = with_date(template, CLOCK["began"])
         try:
             return self.tokenizer.apply_chat_template(messages, return_dict=False, **keywords)
         except (jinja2.TemplateError, ValueError) as error:
@@ -538,6 +547,15 @@ def shared_vocab_size(student: LM, teacher: LM, advice: str = "choose a pair") -
     if student_vocab != teacher_vocab:
         stop(f"{student.path} and {teacher.path} have different tokenizers; {advice}")
     return size
+
+
+def with_date(template: str, now: datetime) -> str:
+    """A chat template in which `strftime_now("…")` is replaced by what it gives at that time."""
+
+    def date(call: re.Match) -> str:
+        return repr(now.strftime(call["format"]))
+
+    return re.sub(r"""strftime_now\(\s*(["'])(?P<format>.*?)\1\s*\)""", date, template)
 
 
 def first_index(ids: list[int], wanted: list[int]) -> int:
@@ -1420,7 +1438,7 @@ def check_flags(args, at_least_0: list[str]):
 
 # What is in a run's folder before its first stage has a result.
 LOCK = "run.lock"
-WRITTEN_FIRST = {LOCK, "args.json", "args.json.partial"}
+WRITTEN_FIRST = {LOCK, "args.json", "args.json.partial", "inputs.json", "inputs.json.partial"}
 LOCKS = {}  # of the run folders that this process has
 
 
@@ -1432,6 +1450,7 @@ def open_run(args, script: str):
     program ends.
     """
     if not args.resume:
+        CLOCK["began"] = datetime.now()
         if args.output_dir:
             new_folder(Path(args.output_dir))
         else:
@@ -1449,6 +1468,9 @@ def open_run(args, script: str):
         print(f"{folder} is finished, nothing is changed; its results are in summary.json")
         raise SystemExit(0)
     take_folder(folder)
+    inputs = read_inputs(folder)
+    if inputs:
+        CLOCK["began"] = datetime.fromisoformat(inputs["began"])
     return saved_args, folder
 
 
@@ -1484,6 +1506,9 @@ def new_folder(folder: Path):
     if not is_free:
         stop(f"{folder} is not empty; --resume it, remove it, or take another --output_dir")
     take_folder(folder)
+    for path in folder.iterdir():
+        if path.name != LOCK:
+            path.unlink()  # what the killed run wrote of its flags
 
 
 def take_folder(folder: Path):
@@ -1525,14 +1550,114 @@ def has_results(folder: Path) -> bool:
     return False
 
 
-def save_flags(run_dir: Path, args):
-    """Writes args.json, without which a run cannot be resumed."""
+def begin_run(run_dir: Path, args, models: list[LM | None], **examples: list[Example]):
+    """Writes inputs.json, which says what a run is made from, and args.json, which --resume reads.
+
+    A run that is resumed must be made from the same models and rows as at first. Else the program
+    ends and names the first that differs. `examples` are encoded rows, under the flag that names
+    their file, as in data=pairs.
+    """
+    inputs = {"began": CLOCK["began"].isoformat(), "models": {}, "rows": {}}
+    for lm in models:
+        if lm is not None:
+            inputs["models"][lm.path] = model_digests(lm)
+    for flag, rows in examples.items():
+        inputs["rows"][flag] = [row_digests(example) for example in rows]
+
+    began_with = read_inputs(run_dir)
+    if not began_with:
+        write_json(run_dir / "inputs.json", inputs)
+        write_json(run_dir / "args.json", asdict(args))
+        return
+    problem = f"cannot resume {run_dir}"
+    for path, digests in began_with["models"].items():
+        for part, digest in digests.items():
+            if inputs["models"].get(path, {}).get(part) != digest:
+                stop(f"{problem}: the {part} of {path} is not what it was when the run began")
+    for flag, rows in examples.items():
+        before = began_with["rows"].get(flag, [])
+        place = f"--{flag} {getattr(args, flag)}"
+        check_rows(f"{problem}: {place}", before, inputs["rows"][flag], rows, models[0].tokenizer)
+
+
+def read_inputs(run_dir: Path) -> dict:
+    """What `begin_run` wrote when a run began, or {} if it has not begun."""
+    path = run_dir / "inputs.json"
     try:
-        partial_path = run_dir / "args.json.partial"
-        partial_path.write_text(json.dumps(asdict(args), indent=1))
-        partial_path.replace(run_dir / "args.json")
+        return json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        stop(f"cannot resume {run_dir}: {path}: {error}")
+
+
+def write_json(path: Path, content):
+    """Writes a file wholly or not at all."""
+    partial_path = path.with_name(f"{path.name}.partial")
+    try:
+        partial_path.write_text(json.dumps(content, indent=1))
+        partial_path.replace(path)
     except OSError as error:
-        stop(f"cannot write to {run_dir}: {error}")
+        stop(f"cannot write to {path.parent}: {error}")
+
+
+@torch.no_grad()
+def model_digests(lm: LM) -> dict[str, str]:
+    """Short digests of a model and of its tokenizer, by which another one is noticed."""
+    weights = hashlib.sha256()
+    for name, weight in lm.model.base_model.named_parameters():
+        # A thousand numbers of every tensor are enough. Rounded to bfloat16, a weight is the same
+        # on every device.
+        step = max(1, weight.numel() // 1000)
+        sample = weight.flatten()[::step].bfloat16().float()
+        weights.update(name.encode() + sample.cpu().numpy().tobytes())
+    vocabulary = sorted(lm.tokenizer.get_vocab().items())
+    template = str(lm.tokenizer.chat_template)
+    return {"model": weights.hexdigest()[:16], "tokenizer": short_digest([vocabulary, template])}
+
+
+def row_digests(example: Example) -> str:
+    """The id of a row, which has a digest of its texts, and digests of its tokens and columns."""
+    tokens = short_digest([example.prompt_ids, example.response_ids])
+    return f"{example.row['id']} {tokens} {short_digest(example.row)}"
+
+
+def short_digest(value) -> str:
+    """Eight letters that are others for another value. Of what JSON cannot write, such as an image,
+    only the type counts."""
+    text = json.dumps(value, sort_keys=True, default=type_name)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def type_name(value) -> str:
+    return type(value).__name__
+
+
+def check_rows(problem: str, before: list[str], now: list[str], examples: list[Example], tokenizer):
+    """Ends the program at the first row whose digests are not what they were."""
+    for index, (old, new) in enumerate(itertools.zip_longest(before, now)):
+        if old == new:
+            continue
+        if new is None:
+            stop(f"{problem} has lost rows: {len(before)} were used, now {len(now)}")
+        if old is None:
+            stop(f"{problem} has got rows: {len(before)} were used, now {len(now)}")
+        example = examples[index]
+        texts = []
+        for ids in (example.prompt_ids, *example.response_ids):
+            texts.append(repr(tokenizer.decode(ids)[:150]))
+        old_id, old_tokens, _ = old.split()
+        new_id, new_tokens, _ = new.split()
+        difference = "other columns"
+        if old_tokens != new_tokens:
+            difference = "other tokens"
+        if old_id != new_id:
+            difference = "another text"
+        row = f"row {row_numbers([example])} has {difference} than when the run began"
+        stop(f"{problem}, {row}; now: {' '.join(texts)}")
+
+
+def row_numbers(examples: list[Example]) -> str:
+    """Where rows stand in their file, from 1 on: "3, 17"."""
+    return ", ".join(example.row["id"].partition("-")[0] for example in examples)
 
 
 def choose_device(name: str) -> torch.device:
@@ -1654,13 +1779,14 @@ def cached_map(path: Path, rows: list[dict], function, batch_size: int, seed: in
         complete = complete[: complete.rfind(b"\n") + 1]  # without a line that a kill cut
     prompts = {row["id"]: row["prompt"] for row in rows}
     try:
-        for line in complete.splitlines():
+        for number, line in enumerate(complete.splitlines(), 1):
+            place = f"{path}, line {number}"
             row = json.loads(line)
             if prompts.get(row["id"]) != row["prompt"]:
                 raise ValueError("it was made from other data")
             done[row["id"]] = row
     except (ValueError, KeyError, TypeError) as error:
-        stop(f"cannot go on with {path}: {error}; remove it to make it again")
+        stop(f"cannot go on with {place}: {error}; remove the file to make it again")
 
     if len(done) == len(rows):
         return [done[row["id"]] for row in rows]

@@ -42,6 +42,7 @@ from common import (
     Bar,
     Example,
     Metrics,
+    begin_run,
     cached_map,
     check_flags,
     choose_device,
@@ -59,8 +60,8 @@ from common import (
     print_summary,
     read_rows,
     reward_metrics,
+    row_numbers,
     save_checkpoint,
-    save_flags,
     save_model,
     save_summary,
     shared_vocab_size,
@@ -290,7 +291,7 @@ def main(args: Args):
     examples = encode_rows(student, train_rows, ["chosen", "rejected"], args, "training pairs")
     held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")
     eval_rows = [example.row for example in held_out[: args.eval_prompts]]
-    save_flags(run_dir, args)
+    begin_run(run_dir, args, [student, teacher], data=examples, eval_data=held_out)
 
     # ------------------------------------------------------------------------ evaluation at step 0
     # It comes before a checkpoint is read, so that "before" is the untrained student in every run.
@@ -346,9 +347,8 @@ def main(args: Args):
 
         grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), args.max_grad_norm)
         if not math.isfinite(losses["total"]) or not math.isfinite(grad_norm):
-            row_ids = [example.row["id"] for example in step_batch]
             numbers = f"loss {losses['total']}, gradient norm {grad_norm}"
-            stop(f"{numbers} in step {step} on rows {row_ids}")
+            stop(f"{numbers} in step {step} on rows {row_numbers(step_batch)}")
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()

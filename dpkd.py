@@ -57,6 +57,7 @@ from common import (
     Batch,
     Example,
     Metrics,
+    begin_run,
     cached_map,
     check_flags,
     choose_device,
@@ -76,8 +77,8 @@ from common import (
     read_records,
     read_rows,
     reward_metrics,
+    row_numbers,
     save_checkpoint,
-    save_flags,
     save_model,
     save_summary,
     shared_vocab_size,
@@ -314,7 +315,8 @@ def read_corpus(lm: LM, args: Args) -> list[Example]:
     Begin and end of a document are added if they are missing. Blank documents are left out.
     """
     pieces = []
-    for text in read_texts(args.lm_data, args.lm_split, args.lm_config):
+    texts = read_texts(args.lm_data, args.lm_split, args.lm_config)
+    for number, text in enumerate(texts, 1):
         if not text.strip():
             continue
         ids = lm.tokenizer(text, add_special_tokens=False).input_ids
@@ -326,7 +328,8 @@ def read_corpus(lm: LM, args: Args) -> list[Example]:
             piece = ids[start : start + args.max_response_tokens]
             # Nothing predicts the first token of a piece.
             if len(piece) > 1:
-                pieces.append(Example(row={}, prompt_ids=piece[:1], response_ids=[piece[1:]]))
+                row = {"id": str(number)}
+                pieces.append(Example(row, prompt_ids=piece[:1], response_ids=[piece[1:]]))
     if not pieces:
         stop(f"--lm_data {args.lm_data} holds no text")
     return pieces
@@ -498,7 +501,7 @@ def main(args: Args):
     corpus = []
     if args.lm_data:
         corpus = read_corpus(student, args)
-    save_flags(run_dir, args)
+    begin_run(run_dir, args, [student, teacher], data=prompts, eval_data=held_out, lm_data=corpus)
 
     # ------------------------------------------------------------------------ evaluation at step 0
     # It comes before a checkpoint is read, so that "before" is the untrained student in every run.
@@ -587,9 +590,8 @@ def main(args: Args):
 
         grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), args.max_grad_norm)
         if not math.isfinite(losses["total"]) or not math.isfinite(grad_norm):
-            row_ids = [example.row["id"] for example in step_batch]
             numbers = f"loss {losses['total']}, gradient norm {grad_norm}"
-            stop(f"{numbers} in step {step} on rows {row_ids}")
+            stop(f"{numbers} in step {step} on rows {row_numbers(step_batch)}")
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()

@@ -60,6 +60,7 @@ from common import (
     Batch,
     Example,
     Metrics,
+    begin_run,
     cached_map,
     check_flags,
     choose_device,
@@ -75,8 +76,8 @@ from common import (
     print_summary,
     prompt_text,
     read_rows,
+    row_numbers,
     save_checkpoint,
-    save_flags,
     save_model,
     save_summary,
     shared_vocab_size,
@@ -909,10 +910,12 @@ def main(args: Args):
         vocab_size = shared_vocab_size(student, teacher, "take --kl_coef 0 --nll_coef 1")
     if args.annotations:
         rows = read_annotations(args)
+        sources = {"annotations": [Example(row, [], []) for row in rows]}
     else:
         rows = read_rows(args.data, args.data_split, config=args.data_config)
         pairs = encode_rows(student, rows, ["chosen", "rejected"], args, "training pairs")
         rows = [example.row for example in pairs]
+        sources = {"data": pairs}
     eval_rows = read_rows(args.eval_data, args.eval_split, config=args.eval_config)
     reward_fn = None  # of the best of n
     if args.best_of:
@@ -924,7 +927,7 @@ def main(args: Args):
             rows=eval_rows,
         )
     held_out = encode_rows(student, eval_rows, ["chosen", "rejected"], args, "held-out pairs")
-    save_flags(run_dir, args)
+    begin_run(run_dir, args, [student, teacher], **sources, eval_data=held_out)
 
     # ------------------------------------------------------------------------ evaluation at step 0
     # It comes before a checkpoint is read, so that "before" is the untrained student in every run.
@@ -983,9 +986,8 @@ def main(args: Args):
 
         grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), args.max_grad_norm)
         if not math.isfinite(losses["total"]) or not math.isfinite(grad_norm):
-            row_ids = [example.row["id"] for example in step_batch]
             numbers = f"loss {losses['total']}, gradient norm {grad_norm}"
-            stop(f"{numbers} in step {step} on rows {row_ids}")
+            stop(f"{numbers} in step {step} on rows {row_numbers(step_batch)}")
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()

@@ -132,10 +132,11 @@ def run_python(*words: str) -> subprocess.CompletedProcess:
 def test_r37_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
     room, cut_file, tmp_path
 ):
-    """16 evaluated rows are some 2,700 bytes, a checkpoint is some 370,000."""
+    """inputs.json is some 1,800 bytes, 16 evaluated rows are 2,700, a checkpoint is 370,000."""
     run = tmp_path / "run"
     flags = {
-        "data": first_rows("train", 96, tmp_path),
+        "data": first_rows("train", 32, tmp_path),
+        "eval_data": first_rows("test", 16, tmp_path),
         "max_steps": 4,
         "save_every": 2,
         "eval_prompts": 16,

@@ -4,18 +4,34 @@ any work."""
 import ast
 import contextlib
 import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY_RUN, command_line, one_error_line, run_script
+from conftest import (
+    CHAT_TEMPLATE,
+    PAIRS,
+    ROOT,
+    SCRIPTS,
+    TINY_RUN,
+    command_line,
+    one_error_line,
+    read_jsonl,
+    run_script,
+    write_jsonl,
+)
+from safetensors.torch import load_file, save_file
 
 import adpa
-from common import exit_in_one_line, open_run
+import common
+import dpkd
+from common import Example, begin_run, exit_in_one_line, open_run
 
 CODE = []
 for pattern in ("*.py", "studies/*.py", "playground/*.py", "benchmarks/*.py"):
@@ -253,6 +269,196 @@ def test_r73_ctrl_c_before_the_first_stage_leaves_nothing_and_later_names_the_fo
         assert error.startswith("interrupted; ")
         assert farewell in error
         assert (str(folder) in error) == folder.exists() == bool(results)
+
+
+# ------------------------------------------------------------------- a resumed run is the same run
+DATED = "<|system|>Today: {{ strftime_now('%d %b %Y') }}<|end|>" + CHAT_TEMPLATE
+
+
+def dated_copy(checkpoint: str, folder: Path) -> str:
+    """The same model, whose chat template writes the date into every prompt."""
+    shutil.copytree(checkpoint, folder)
+    (folder / "chat_template.jinja").write_text(DATED)
+    return str(folder)
+
+
+def set_day(monkeypatch, day: int):
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2026, 1, day, 23, 59)
+
+    monkeypatch.setattr(common, "datetime", Clock)
+
+
+def test_r75_a_run_keeps_its_date_when_it_is_resumed_on_another_day(
+    tiny_flags, tmp_path, monkeypatch
+):
+    flags = {**tiny_flags, "max_steps": 3, "warmup_ratio": 0}
+    for name in ("student", "teacher"):
+        flags[name] = dated_copy(tiny_flags[name], tmp_path / name)
+    killed = tmp_path / "killed"  # the run as a kill after its first step would leave it
+    save_checkpoint = common.save_checkpoint
+
+    def save_and_copy(path, step, counts, **parts):
+        save_checkpoint(path, step, counts, **parts)
+        if step == 1 and not killed.exists():
+            shutil.copytree(path.parent, killed)
+
+    monkeypatch.setattr(common, "save_checkpoint", save_and_copy)
+    set_day(monkeypatch, 1)
+    assert run_script("dckd", **flags, output_dir=tmp_path / "whole") == 0
+    set_day(monkeypatch, 2)
+    assert run_script("dckd", resume=killed) == 0
+    assert run_script("dckd", **flags, output_dir=tmp_path / "next day") == 0
+
+    whole, resumed, next_day = [
+        (tmp_path / name / "model/model.safetensors").read_bytes()
+        for name in ("whole", "killed", "next day")
+    ]
+    assert resumed == whole
+    assert next_day != whole  # the date matters
+
+
+def test_r75_the_date_in_a_prompt_is_that_of_the_beginning(
+    checkpoints, load, tmp_path, monkeypatch
+):
+    lm = load(dated_copy(checkpoints["student"], tmp_path / "dated"))
+    prompt = [{"role": "user", "content": "Hello"}]
+    texts = []
+    for day in (1, 2):
+        set_day(monkeypatch, day)
+        open_run(adpa.Args(output_dir=str(tmp_path / str(day))), "adpa.py")
+        set_day(monkeypatch, day + 1)  # midnight
+        texts.append(lm.tokenizer.decode(lm.prompt_ids(prompt)))
+    assert "Today: 01 Jan 2026" in texts[0]
+    assert "Today: 02 Jan 2026" in texts[1]
+
+
+def without_a_row(rows: list[dict]) -> list[dict]:
+    return rows[:2] + rows[3:]
+
+
+def with_a_row(rows: list[dict]) -> list[dict]:
+    return [*rows, {**rows[0], "prompt": "A new one?"}]
+
+
+def with_another_prompt(rows: list[dict]) -> list[dict]:
+    return [*rows[:2], {**rows[2], "prompt": "Go on, please"}, *rows[3:]]
+
+
+def with_another_response(rows: list[dict]) -> list[dict]:
+    return [*rows[:2], {**rows[2], "chosen": "on and off"}, *rows[3:]]
+
+
+CHANGED_ROWS = {  # how a file changes, and what the message says of it
+    "a row less": (without_a_row, "row 3 has another text"),
+    "the last row less": (lambda rows: rows[:-1], "has lost rows: 8 were used, now 7"),
+    "a row more": (with_a_row, "has got rows: 8 were used, now 9"),
+    "another prompt": (with_another_prompt, "row 3 has another text"),
+    "another response": (with_another_response, "row 3 has"),
+}
+
+
+def change_weights(folder: Path):
+    """What another training run would leave: the same names and sizes, other numbers."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for tensor in tensors.values():
+        tensor *= 1.01
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def change_template(folder: Path):
+    path = folder / "chat_template.jinja"
+    path.write_text("<|system|>Be kind.<|end|>" + path.read_text())
+
+
+@pytest.fixture
+def begun(tiny_flags, tmp_path, monkeypatch):
+    """begun(script) is a run that was killed after its beginning. Its models and data are copies
+    in the same folder, which a test may change."""
+
+    def begin(script: str) -> Path:
+        flags = {**tiny_flags, "output_dir": tmp_path / "run", "reward": "math:isfinite"}
+        flags["eval_prompts"] = len(PAIRS) + 1
+        if script == "adpa":
+            flags["teacher_ref"] = "none"
+        for name in ("student", "teacher"):
+            flags[name] = shutil.copytree(tiny_flags[name], tmp_path / name)
+        for name in ("data", "eval_data"):
+            flags[name] = shutil.copy(tiny_flags[name], tmp_path / f"{name}.jsonl")
+        with monkeypatch.context() as patch, pytest.raises((TypeError, SystemExit)):
+            patch.setattr(common, "has_results", lambda folder: True)  # so that the folder stays
+            raise SystemExit(run_script(script, **flags))
+        assert (tmp_path / "run/args.json").exists()
+        return tmp_path / "run"
+
+    return begin
+
+
+def resume_error(script: str, run: Path, capsys) -> str:
+    """The line with which a resumed run is refused, or "" if it got as far as it did before."""
+    capsys.readouterr()
+    with contextlib.suppress(TypeError):
+        run_script(script, resume=run)
+    error = capsys.readouterr().err.splitlines()[-1]
+    return error if "cannot resume" in error else ""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_r76_a_run_is_not_resumed_on_other_rows(script, begun, capsys):
+    run = begun(script)
+    assert resume_error(script, run, capsys) == ""
+    for flag in ("data", "eval_data"):
+        path = run.parent / f"{flag}.jsonl"
+        original = path.read_bytes()
+        for change, expected in CHANGED_ROWS.values():
+            write_jsonl(path, change(read_jsonl(path)))
+            before = contents(run)
+            error = resume_error(script, run, capsys)
+            assert f"--{flag} {path}" in error
+            assert expected in error
+            assert not re.search(r"\d-[0-9a-f]{8}", error)
+            assert contents(run) == before
+            path.write_bytes(original)
+    assert resume_error(script, run, capsys) == ""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_r76_a_run_is_not_resumed_with_other_models(script, begun, capsys):
+    run = begun(script)
+    for name in ("student", "teacher"):
+        folder = run.parent / name
+        saved = contents(folder)
+        for part, change in (("model", change_weights), ("tokenizer", change_template)):
+            change(folder)
+            error = resume_error(script, run, capsys)
+            assert f"the {part} of {folder} is not what it was" in error
+            for file, content in saved.items():
+                (folder / file).write_bytes(content)
+    assert resume_error(script, run, capsys) == ""
+
+
+def test_r76_what_else_a_run_learns_from_is_compared(load, tmp_path, capsys):
+    """The columns of --annotations and --scores, and the texts of --lm_data."""
+    lm = load("student")
+    corpus = tmp_path / "corpus.txt"
+    args = dpkd.Args(data="scored.jsonl", lm_data=str(corpus))
+
+    def begin(score: float, text: str):
+        row = {"id": "7-0509eef7", "prompt": "a", "score": score, "image": object()}
+        corpus.write_text(f"One text.\n\n{text}\n")
+        pieces = dpkd.read_corpus(lm, str(corpus), "train", size=40)
+        begin_run(tmp_path, args, [lm, None], data=[Example(row, [], [])], lm_data=pieces)
+
+    begin(1.5, "Another text.")
+    begin(1.5, "Another text.")
+    error = one_error_line(capsys, begin, 1.6, "Another text.")
+    assert "--data scored.jsonl, row 7 has other columns" in error
+    error = one_error_line(capsys, begin, 1.5, "Yet another text.")
+    assert f"--lm_data {corpus}, row 3 has other tokens" in error
+    assert "et another text." in error  # what it is now
 
 
 # ------------------------------------------------------------------------------------ guards and -O
