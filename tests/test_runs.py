@@ -45,6 +45,10 @@ def tiny_flags(checkpoints, pairs) -> dict:
     return {**models, "data": pairs, "eval_data": pairs, **TINY_RUN}
 
 
+def broken_reward(prompts, responses):
+    raise TypeError("a mistake in a function of one's own")
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file in a folder."""
     files = {}
@@ -197,7 +201,7 @@ def test_r73_a_run_that_fails_before_its_first_stage_leaves_nothing(tiny_flags, 
     assert not run.exists()
     # A function of one's own that fails when it is first called: the flags are written by then.
     with pytest.raises(TypeError):
-        run_script("dckd", **{**flags, "reward": "math:isfinite"})
+        run_script("dckd", **{**flags, "reward": "test_runs:broken_reward"})
     assert not run.exists()
 
     assert run_script("dckd", **flags) == 0
@@ -380,7 +384,7 @@ def begun(tiny_flags, tmp_path, monkeypatch):
     in the same folder, which a test may change."""
 
     def begin(script: str) -> Path:
-        flags = {**tiny_flags, "output_dir": tmp_path / "run", "reward": "math:isfinite"}
+        flags = {**tiny_flags, "output_dir": tmp_path / "run", "reward": "test_runs:broken_reward"}
         flags["eval_prompts"] = len(PAIRS) + 1
         if script == "adpa":
             flags["teacher_ref"] = "none"
@@ -402,8 +406,8 @@ def resume_error(script: str, run: Path, capsys) -> str:
     capsys.readouterr()
     with contextlib.suppress(TypeError):
         run_script(script, resume=run)
-    error = capsys.readouterr().err.splitlines()[-1]
-    return error if "cannot resume" in error else ""
+    lines = capsys.readouterr().err.splitlines()
+    return "".join(line for line in lines if "cannot resume" in line)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -449,7 +453,7 @@ def test_r76_what_else_a_run_learns_from_is_compared(load, tmp_path, capsys):
     def begin(score: float, text: str):
         row = {"id": "7-0509eef7", "prompt": "a", "score": score, "image": object()}
         corpus.write_text(f"One text.\n\n{text}\n")
-        pieces = dpkd.read_corpus(lm, str(corpus), "train", size=40)
+        pieces = dpkd.read_corpus(lm, args)
         begin_run(tmp_path, args, [lm, None], data=[Example(row, [], [])], lm_data=pieces)
 
     begin(1.5, "Another text.")

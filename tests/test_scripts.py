@@ -31,7 +31,7 @@ from conftest import (
 from safetensors.torch import load_file
 
 import common
-from common import LM, read_rows
+from common import LM
 
 # A run of a few seconds on the playground. It samples in many small batches, so that a kill meets a
 # stage half done.
@@ -473,16 +473,10 @@ def test_r33_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
     assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == int(step) > 0
     assert len(read_jsonl(run / "metrics.jsonl")) >= int(step) and not (run / "model").exists()
 
-    # The rows that are named are rows of the data.
-    sources = [(flags["data"], ()), (flags["data"], ("chosen",))]
-    sources.append((flags["data"], ("chosen", "rejected")))
-    if script == "rm_distiller":
-        sources.append((run / "annotations.jsonl", ("refined", "rejected")))
-    known = set()
-    for path, columns in sources:
-        known |= {row["id"] for row in read_rows(str(path), "train", columns)}
-    named = re.findall(r"\d+-[0-9a-f]{8}", rows)
-    assert named and set(named) <= known
+    # The rows are named by their places in the file.
+    count = len(read_jsonl(flags["data"]))
+    named = [int(number) for number in rows.split(", ")]
+    assert named and all(1 <= number <= count for number in named)
 
 
 @pytest.mark.parametrize("script, flag", [("adpa", "gamma"), ("dckd", "kl_chosen")])
