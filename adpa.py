@@ -311,7 +311,7 @@ def load_models(args: Args, device: torch.device) -> tuple[LM, LM, LM | None]:
 
 
 def respond(rows: list[dict], seed: int, lm: LM, temperature: float, args: Args) -> list[dict]:
-    """One response {"text", "finished"} of `lm` to the prompt of every row."""
+    """One response of `lm` to the prompt of every row, as `LM.sample` returns it."""
     samples = lm.sample(
         [lm.prompt_ids(row["prompt"]) for row in rows],
         temperature=temperature,
@@ -353,7 +353,8 @@ def main(args: Args):
     reward_fn = load_reward_function(
         args.reward, device, args.trust_remote_code, label=args.reward_label, rows=eval_rows
     )
-    answered = encode_rows(student, train_rows, columns, args, "training rows")
+    encoded = {}  # token ids of prompts and texts, so that none is encoded twice
+    answered = encode_rows(student, train_rows, columns, args, "training rows", encoded)
     held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")
     train_rows = [example.row for example in answered]
     eval_rows = [example.row for example in held_out[: args.eval_prompts]]
@@ -386,8 +387,9 @@ def main(args: Args):
         )
         for row, answer in zip(train_rows, answers):
             row[args.states] = answer
-    # ŷ is kept as text, in a column that is named after --states, and is encoded here.
-    examples = encode_rows(student, train_rows, ["chosen", args.states], args, "training examples")
+    # ŷ stands in a column that is named after --states. A sample has its token ids with it.
+    columns = ["chosen", args.states]
+    examples = encode_rows(student, train_rows, columns, args, "training examples", encoded)
 
     # ------------------------------------------------------------------------------------ optimiser
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)

@@ -268,15 +268,19 @@ class LM:
         return ids if has_bos else self.bos_ids + ids
 
     def ids_of_response(self, prompt: list[dict], response: str | dict) -> list[int]:
-        """Token ids of a response. It is a text, or {"text", "finished"} as `sample` returns it.
+        """Token ids of a response: a text, {"text", "finished"}, or {"text", "finished",
+        "token_ids"} as `sample` returns it.
 
-        A finished response ends with exactly one end-of-sequence token, any other one with none.
+        A sample keeps its token ids, because decoding and encoding may give others. A finished
+        response ends with exactly one end-of-sequence token, any other one with none.
         The ids of a text are those of what the chat template writes behind the prompt, tokenised on
         its own, because generation goes on from the prompt's ids as they are. ChatTemplateError if
         the template writes another prompt once it is answered.
         """
         if isinstance(response, str):
             response = {"text": response, "finished": True}
+        if self.has_token_ids(response):
+            return response["token_ids"]
         if self.tokenizer.chat_template:
             ids = self.ids_from_template(prompt, response["text"], response["finished"])
         else:
@@ -290,6 +294,21 @@ class LM:
         if end < len(ids):
             return ids[: end + 1]
         return [*ids, self.eos_ids[0]]
+
+    def has_token_ids(self, response: dict) -> bool:
+        """Whether a response has token ids that read as its text with this tokenizer. Those of
+        another tokenizer do not, nor do those of a text that was changed afterwards."""
+        ids = response.get("token_ids")
+        if not isinstance(ids, list) or not ids:
+            return False
+        for token in ids:
+            if not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                return False
+        if response["finished"]:
+            *ids, end = ids
+            if end not in self.eos_ids and self.tokenizer.decode([end], skip_special_tokens=True):
+                return False
+        return self.tokenizer.decode(ids, skip_special_tokens=True) == response["text"]
 
     def ids_from_template(self, prompt: list[dict], text: str, finished: bool) -> list[int]:
         """Token ids of what the chat template writes for a response, with the end of its turn if it
@@ -318,22 +337,21 @@ class LM:
         ids += self.ids_behind("\n", text, is_plain=True)
         return ids + self.ids_behind("\n", end)
 
-    def rewritten(self, response: str | dict, ids: list[int]) -> str:
-        """What the token ids of a text read as, if that is another text, or else "". What the chat
-        template adds, such as an empty block of thoughts, counts as well."""
-        text = response if isinstance(response, str) else response["text"]
+    def rewritten(self, text: str, ids: list[int]) -> list[str]:
+        """["<text> as <other text>"] if the token ids of a text read otherwise, or else []. What
+        the chat template adds, such as an empty block of thoughts, counts as well."""
         if ids[-1] in self.eos_ids:
             ids = ids[:-1]
         decoded = self.tokenizer.decode(ids)
         # A tokenizer's own way to decode, which may lack a first space, is no change.
         if decoded == text or decoded == self.tokenizer.decode(self.plain_ids(text)):
-            return ""
+            return []
         # The example begins shortly before the first difference.
         same = 0
         while text[same : same + 1] == decoded[same : same + 1]:
             same += 1
         start = max(0, same - 20)
-        return f"{text[start : start + 60]!r} as {decoded[start : start + 60]!r}"
+        return [f"{text[start : start + 60]!r} as {decoded[start : start + 60]!r}"]
 
     def try_encode(self, prompt: list[dict], responses=()) -> tuple[list[int], list[list[int]]]:
         """Token ids of a prompt, and of each response to it. ChatTemplateError if the chat template
@@ -429,7 +447,8 @@ class LM:
         batch_size: int,
         seed: int,
     ) -> list[list[dict]]:
-        """n responses {"text", "finished"} to every prompt (token ids). Temperature 0 is greedy.
+        """n responses to every prompt (token ids), each {"text", "finished", "token_ids"}. The ids
+        end with the end-of-sequence token if the response is finished. Temperature 0 is greedy.
 
         `batch_size` responses are sampled at a time, prompts of similar length together. Of the
         checkpoint's generation config only the end-of-sequence tokens count. The same seed gives
@@ -470,11 +489,11 @@ class LM:
         return config
 
     def decode_response(self, ids: list[int]) -> dict:
-        """{"text", "finished"} from sampled ids. What comes after an end-of-sequence token is
-        padding."""
+        """{"text", "finished", "token_ids"} from sampled ids. What comes after an end-of-sequence
+        token is padding."""
         end = first_index(ids, self.eos_ids)
         text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
-        return {"text": text, "finished": end < len(ids)}
+        return {"text": text, "finished": end < len(ids), "token_ids": ids[: end + 1]}
 
     def generate(self, prompts: list[list[int]], n: int) -> list[list[int]]:
         """The new tokens of n responses to every prompt. Prompts are padded on the left."""
@@ -1021,47 +1040,44 @@ def spoken(turns: list[dict]) -> list[tuple[str, str]]:
     return [(turn["role"], turn["content"]) for turn in turns]
 
 
-def encode_rows(lm: LM, rows: list[dict], columns, args, label: str) -> list[Example]:
-    """Rows as token ids, with the responses in the columns: texts, or samples {"text", "finished"}.
+def encode_rows(
+    lm: LM, rows: list[dict], columns, args, label: str, encoded: dict | None = None
+) -> list[Example]:
+    """Rows as token ids, with the responses in the columns: texts, or samples as `LM.sample`
+    returns them.
 
     What does not fit --max_prompt_tokens and --max_response_tokens is dropped and counted, never
-    cut, and the counts are printed after the label. One thing is cut: a sample that never ended.
-    The limit cut it when it was sampled, and does so again if its text happens to take more tokens.
-    The program ends if no row is left.
+    cut, and the counts are printed after the label. One thing is cut: the text of a sample that
+    never ended and has no token ids, as other programs write it. The limit cut it when it was
+    sampled. The program ends if no row is left.
+
+    `encoded` keeps the token ids of prompts and texts for a later call with the same rows.
     """
-    max_prompt_tokens = args.max_prompt_tokens
-    max_response_tokens = args.max_response_tokens
+    encoded = {} if encoded is None else encoded
+    encoded_before = set(encoded)
     kept = []
     dropped = Counter()
     refused = []
     changed = []
-    for row in tqdm(rows, desc=f"encoding {label}", delay=1):
-        responses = [row[column] for column in columns]
-        try:
-            with error_note(f"encoding row {row['id']} ({label})"):
-                prompt_ids, response_ids = lm.try_encode(row["prompt"], responses)
-        except ChatTemplateError as error:
-            dropped["refused or changed by the chat template"] += 1
-            refused.append(f"row {row['id']}: {error}")
-            continue
-        response_ids = [cut_unfinished(ids, lm, max_response_tokens) for ids in response_ids]
-        texts = [response for response in responses if isinstance(response, str)]
-        texts.append("".join(message["content"] for message in row["prompt"]))
-        longest = max([len(ids) for ids in response_ids], default=0)
-        if not all(response_ids) or not all(text.strip() for text in texts):
-            dropped["empty prompt or response"] += 1
-        elif columns[1:2] == ["rejected"] and response_ids[0] == response_ids[1]:
-            dropped[f"{columns[0]} equals rejected"] += 1
-        elif len(prompt_ids) > max_prompt_tokens:
-            dropped[f"prompt over {max_prompt_tokens} tokens"] += 1
-        elif longest > max_response_tokens:
-            dropped[f"response over {max_response_tokens} tokens"] += 1
-        else:
-            kept.append(Example(row, prompt_ids, response_ids))
-            for response, ids in zip(responses, response_ids):
-                difference = lm.rewritten(response, ids)
-                if difference:
-                    changed.append(difference)
+    with Bar(f"encoding {label}", total=len(rows), unit="rows", delay=1.0) as bar:
+        for row in rows:
+            bar.advance(1)
+            try:
+                with error_note(f"encoding row {row['id']} ({label})"):
+                    example = encode_row(lm, row, columns, args.max_response_tokens, encoded)
+            except ChatTemplateError as error:
+                dropped["refused or changed by the chat template"] += 1
+                refused.append(f"row {row['id']}: {error}")
+                continue
+            reason = reason_to_drop(example, columns, args)
+            if reason:
+                dropped[reason] += 1
+                continue
+            kept.append(example)
+            for column, ids in zip(columns, example.response_ids):
+                text = row[column]
+                if isinstance(text, str) and (row["id"], text) not in encoded_before:
+                    changed += lm.rewritten(text, ids)
 
     counts = f"{len(kept)} of {len(rows)} rows"
     for reason, count in dropped.items():
@@ -1076,11 +1092,43 @@ def encode_rows(lm: LM, rows: list[dict], columns, args, label: str) -> list[Exa
     return kept
 
 
-def cut_unfinished(ids: list[int], lm: LM, limit: int) -> list[int]:
-    """A response that does not end with an end-of-sequence token, cut to the limit."""
-    if ids and ids[-1] in lm.eos_ids:
-        return ids
-    return ids[:limit]
+def reason_to_drop(example: Example, columns, args) -> str:
+    """Why a row is not learned from, or ""."""
+    texts = ["".join(message["content"] for message in example.row["prompt"])]
+    texts += [example.row[column] for column in columns if isinstance(example.row[column], str)]
+    responses = example.response_ids
+    if not all(responses) or not all(text.strip() for text in texts):
+        return "empty prompt or response"
+    if columns[1:2] == ["rejected"] and responses[0] == responses[1]:
+        return f"{columns[0]} equals rejected"
+    if len(example.prompt_ids) > args.max_prompt_tokens:
+        return f"prompt over {args.max_prompt_tokens} tokens"
+    if any(len(ids) > args.max_response_tokens for ids in responses):
+        return f"response over {args.max_response_tokens} tokens"
+    return ""
+
+
+def encode_row(lm: LM, row: dict, columns, limit: int, encoded: dict) -> Example:
+    """A row as token ids. What is in `encoded` is taken from there, and what is not is added.
+
+    A text that never ended, as other programs sampled it, is cut to the limit.
+    """
+    if row["id"] not in encoded:
+        encoded[row["id"]] = lm.ids_of_prompt(row["prompt"])
+    response_ids = []
+    for column in columns:
+        response = row[column]
+        if isinstance(response, str):
+            key = (row["id"], response)
+            if key not in encoded:
+                encoded[key] = lm.ids_of_response(row["prompt"], response)
+            ids = encoded[key]
+        else:
+            ids = lm.ids_of_response(row["prompt"], response)
+            if not response["finished"]:
+                ids = ids[:limit]
+        response_ids.append(ids)
+    return Example(row, encoded[row["id"]], response_ids)
 
 
 def load_reward_function(

@@ -253,7 +253,7 @@ def load_models(args: Args, device: torch.device) -> tuple[LM, LM]:
 
 
 def respond(rows: list[dict], seed: int, lm: LM, temperature: float, args: Args) -> list[dict]:
-    """One response {"text", "finished"} of `lm` to the prompt of every row."""
+    """One response of `lm` to the prompt of every row, as `LM.sample` returns it."""
     samples = lm.sample(
         [lm.prompt_ids(row["prompt"]) for row in rows],
         temperature=temperature,

@@ -62,7 +62,6 @@ from common import (
     check_flags,
     choose_device,
     compare_rewards,
-    cut_unfinished,
     encode_rows,
     exit_in_one_line,
     load_checkpoint,
@@ -372,32 +371,16 @@ def sample_ahead(examples: list[Example], steps: range, student: LM, args: Args)
         upcoming += step_examples(examples, later_step, args.batch_size, args.seed)
     rows = [example.row for example in upcoming]
     samples = respond(rows, args.seed + steps[0], lm=student, temperature=1.0, args=args)
-    response_ids = []
-    for example, sample in zip(upcoming, samples):
-        response_ids.append(sample_ids(example, sample, student, args))
-    return response_ids
-
-
-def sample_ids(example: Example, sample: dict, lm: LM, args: Args) -> list[int]:
-    """Token ids of a sample {"text", "finished"} that answers the prompt of an example. Its text is
-    encoded, as every text is.
-
-    A sample that never ended is cut again if its text takes more than --max_response_tokens. It has
-    no token if it never ended and said nothing.
-    """
-    ids = lm.ids_of_response(example.row["prompt"], sample)
-    return cut_unfinished(ids, lm, args.max_response_tokens)
+    return [sample["token_ids"] for sample in samples]
 
 
 def take_pairs(examples: list[Example], pending: PendingSamples) -> list[Example]:
-    """The examples of a step with the responses y_t and y_s. Their y_s are taken out of `pending`.
-    An example whose y_s has no token is left out, because there is nothing to score."""
+    """The examples of a step with the responses y_t and y_s. Each y_s is taken out of `pending`."""
     pairs = []
     for example in examples:
+        [teacher_ids] = example.response_ids
         student_ids = pending.response_ids.pop(0)
-        if student_ids:
-            [teacher_ids] = example.response_ids
-            pairs.append(Example(example.row, example.prompt_ids, [teacher_ids, student_ids]))
+        pairs.append(Example(example.row, example.prompt_ids, [teacher_ids, student_ids]))
     return pairs
 
 
@@ -416,7 +399,7 @@ def load_models(args: Args, device: torch.device) -> tuple[LM, LM]:
 
 
 def respond(rows: list[dict], seed: int, lm: LM, temperature: float, args: Args) -> list[dict]:
-    """One response {"text", "finished"} of `lm` to the prompt of every row."""
+    """One response of `lm` to the prompt of every row, as `LM.sample` returns it."""
     samples = lm.sample(
         [lm.prompt_ids(row["prompt"]) for row in rows],
         temperature=temperature,
@@ -443,8 +426,9 @@ def watched_examples(
     student's. The program ends if there is none with tokens in both."""
     watched = []
     for example, teacher_sample, student_sample in zip(held_out, by_teacher, by_student):
-        teacher_ids = sample_ids(example, teacher_sample, lm, args)
-        student_ids = sample_ids(example, student_sample, lm, args)
+        prompt = example.row["prompt"]
+        teacher_ids = lm.ids_of_response(prompt, teacher_sample)
+        student_ids = lm.ids_of_response(prompt, student_sample)
         if teacher_ids and student_ids:
             watched.append(Example(example.row, example.prompt_ids, [teacher_ids, student_ids]))
     if not watched:
@@ -491,7 +475,8 @@ def main(args: Args):
     reward_fn = load_reward_function(
         args.reward, device, args.trust_remote_code, label=args.reward_label, rows=eval_rows
     )
-    prompts = encode_rows(student, train_rows, [], args, "training prompts")
+    encoded = {}  # token ids of prompts, so that none is encoded twice
+    prompts = encode_rows(student, train_rows, [], args, "training prompts", encoded)
     held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")
     held_out = held_out[: args.eval_prompts]
     if args.teacher_answers:
@@ -530,8 +515,8 @@ def main(args: Args):
     )
     # `cached_map` returns the rows with what `respond` made of them.
     for answer in answers:
-        answer["y_t"] = {"text": answer["text"], "finished": answer["finished"]}
-    examples = encode_rows(student, answers, ["y_t"], args, "teacher's answers")
+        answer["y_t"] = dict(answer)
+    examples = encode_rows(student, answers, ["y_t"], args, "teacher's answers", encoded)
 
     # ------------------------------------------------------------------------------------ optimiser
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)

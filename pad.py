@@ -499,12 +499,19 @@ def is_number(value) -> bool:
 
 # ------------------------------------------------------------------------ both stages, for a round
 def make_round(
-    number: int, rows: list[dict], *, student: LM, teacher: LM, args: Args, run_dir: Path
+    number: int,
+    rows: list[dict],
+    *,
+    student: LM,
+    teacher: LM,
+    args: Args,
+    run_dir: Path,
+    encoded: dict | None = None,
 ) -> tuple[list[Example], dict[str, float]]:
     """Stages 1 and 2 of round 1, 2, ...: the examples to train on, and metrics about the judge.
 
     The rows are prompts. Each round has files of its own: samples_1.jsonl and scores_1.jsonl,
-    samples_2.jsonl and scores_2.jsonl, ...
+    samples_2.jsonl and scores_2.jsonl, ... `encoded` has the prompts' token ids (`encode_rows`).
     """
     n = args.num_answers // args.rounds
     if args.scores and number == 1:
@@ -544,7 +551,8 @@ def make_round(
     # that is too long.
     columns = [f"answer {i}" for i in range(n)]
     kept = [{**row, **dict(zip(columns, row["answers"]))} for row in kept]
-    return encode_rows(student, kept, columns, args, f"examples of round {number}"), charts
+    examples = encode_rows(student, kept, columns, args, f"examples of round {number}", encoded)
+    return examples, charts
 
 
 def passes_filter(row: dict, alpha: float) -> bool:
@@ -602,7 +610,7 @@ def load_models(args: Args, device: torch.device) -> tuple[LM, LM]:
 
 
 def respond(rows: list[dict], seed: int, lm: LM, temperature: float, args: Args) -> list[dict]:
-    """One response {"text", "finished"} of `lm` to the prompt of every row."""
+    """One response of `lm` to the prompt of every row, as `LM.sample` returns it."""
     samples = lm.sample(
         [lm.prompt_ids(row["prompt"]) for row in rows],
         temperature=temperature,
@@ -641,7 +649,8 @@ def main(args: Args):
     reward_fn = load_reward_function(
         args.reward, device, args.trust_remote_code, label=args.reward_label, rows=eval_rows
     )
-    prompts = encode_rows(student, train_rows, [], args, "training prompts")
+    encoded = {}  # token ids of prompts, so that none is encoded twice
+    prompts = encode_rows(student, train_rows, [], args, "training prompts", encoded)
     held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")
     train_rows = [example.row for example in prompts]
     eval_rows = [example.row for example in held_out[: args.eval_prompts]]
@@ -665,7 +674,13 @@ def main(args: Args):
 
     # ------------------------------------------------- stages 1 and 2: answers and their scores
     new_round = partial(
-        make_round, rows=train_rows, student=student, teacher=teacher, args=args, run_dir=run_dir
+        make_round,
+        rows=train_rows,
+        student=student,
+        teacher=teacher,
+        args=args,
+        run_dir=run_dir,
+        encoded=encoded,
     )
     round_number = 1
     examples, judge_values = new_round(round_number)

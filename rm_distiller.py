@@ -536,7 +536,8 @@ def user_turn(text: str) -> dict:
 def teacher_replies(
     chats: list[list[dict]], seed: int, teacher: LM, temperature: float, args: Args
 ) -> list[dict]:
-    """One reply {"text", "finished"} of the teacher to every chat, without what it thought."""
+    """One reply of the teacher to every chat, as `LM.sample` returns it, without what it thought.
+    A reply without its thoughts has no token ids."""
     samples = teacher.sample(
         [teacher.prompt_ids(chat) for chat in chats],
         temperature=temperature,
@@ -546,7 +547,10 @@ def teacher_replies(
     )
     replies = []
     for [reply] in samples:
-        replies.append({**reply, "text": without_thoughts(reply["text"])})
+        text = without_thoughts(reply["text"])
+        if text != reply["text"]:
+            reply = {"text": text, "finished": reply["finished"]}
+        replies.append(reply)
     return replies
 
 
@@ -577,8 +581,8 @@ def expected_scores(
 
 
 def answer_prompts(rows: list[dict], seed: int, teacher: LM, args: Args) -> list[dict]:
-    """Stage 1. The teacher's own answer y_T {"text", "finished"} to every prompt, as "teacher", and
-    its text alone as "teacher_reply"."""
+    """Stage 1. The teacher's own answer y_T to every prompt, as "teacher", and its text alone as
+    "teacher_reply"."""
     chats = [row["prompt"] for row in rows]
     replies = teacher_replies(chats, seed, teacher, args.sample_temperature, args)
     return [{"teacher": reply, "teacher_reply": reply["text"]} for reply in replies]
@@ -908,12 +912,14 @@ def main(args: Args):
     vocab_size = student.vocab_size
     if args.kl_coef > 0:
         vocab_size = shared_vocab_size(student, teacher, "take --kl_coef 0 --nll_coef 1")
+    encoded = {}  # token ids of prompts and texts, so that none is encoded twice
     if args.annotations:
         rows = read_annotations(args)
         sources = {"annotations": [Example(row, [], []) for row in rows]}
     else:
         rows = read_rows(args.data, args.data_split, config=args.data_config)
-        pairs = encode_rows(student, rows, ["chosen", "rejected"], args, "training pairs")
+        columns = ["chosen", "rejected"]
+        pairs = encode_rows(student, rows, columns, args, "training pairs", encoded)
         rows = [example.row for example in pairs]
         sources = {"data": pairs}
     eval_rows = read_rows(args.eval_data, args.eval_split, config=args.eval_config)
@@ -946,7 +952,7 @@ def main(args: Args):
     rows = add_margins(rows, args, dropped)
     columns = response_columns(args)
     print_annotations(rows, columns[0], dropped)
-    examples = encode_rows(student, rows, columns, args, "annotated pairs")
+    examples = encode_rows(student, rows, columns, args, "annotated pairs", encoded)
 
     # ------------------------------------------------------------------------------------ optimiser
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)

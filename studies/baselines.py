@@ -310,7 +310,7 @@ def load_models(args: Args, device: torch.device) -> tuple[LM, LM, LM | None]:
 
 
 def respond(rows: list[dict], seed: int, lm: LM, temperature: float, args: Args) -> list[dict]:
-    """One response {"text", "finished"} of `lm` to the prompt of every row."""
+    """One response of `lm` to the prompt of every row, as `LM.sample` returns it."""
     samples = lm.sample(
         [lm.prompt_ids(row["prompt"]) for row in rows],
         temperature=temperature,
@@ -322,16 +322,11 @@ def respond(rows: list[dict], seed: int, lm: LM, temperature: float, args: Args)
 
 
 def sample_responses(examples: list[Example], seed: int, student: LM, args: Args) -> list[Example]:
-    """The same prompts, each with one response y that the student samples now.
-
-    A response that said nothing and did not end has no token, so its prompt is left out.
-    """
+    """The same prompts, each with the token ids of one response y that the student samples now."""
     rows = [example.row for example in examples]
     answered = []
-    for row, response in zip(rows, respond(rows, seed, student, 1.0, args)):
-        prompt_ids, [response_ids] = student.encode(row["prompt"], [response])
-        if response_ids:
-            answered.append(Example(row, prompt_ids, [response_ids]))
+    for example, response in zip(examples, respond(rows, seed, student, 1.0, args)):
+        answered.append(Example(example.row, example.prompt_ids, [response["token_ids"]]))
     return answered
 
 

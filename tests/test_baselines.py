@@ -120,8 +120,8 @@ def examples_of_the_step(loss: str, lm: LM, pairs) -> list[Example]:
     prompts = [example.prompt_ids for example in examples]
     samples = lm.sample(prompts, max_new_tokens=40, batch_size=256, seed=1)
     answered = []
-    for example, responses in zip(examples, samples):
-        answered.append(Example(example.row, *lm.encode(example.row["prompt"], responses)))
+    for example, [response] in zip(examples, samples):
+        answered.append(Example(example.row, example.prompt_ids, [response["token_ids"]]))
     return answered
 
 
@@ -149,6 +149,8 @@ def slow_step(loss: str, checkpoints, pairs, beta: float, gamma: float):
         AutoModelForCausalLM.from_pretrained(checkpoints[name], dtype=torch.float64)
         for name in ("student", "teacher", "student")
     ]
+    # Samples of a random model hold every token, and transformers gives padding no gradient.
+    student.get_input_embeddings().padding_idx = None
     total = 0.0
     for example in examples:
         prompt = example.prompt_ids

@@ -639,7 +639,7 @@ def test_r17_r18_r19_r46_rows_that_do_not_fit_are_dropped_and_counted(load, tmp_
 def test_r08_a_sample_that_never_ended_is_cut_at_the_limit_again_and_a_finished_one_is_not(
     load, capsys
 ):
-    """Its text may take more tokens than were sampled: encoding is not the inverse of decoding."""
+    """Without token ids its text may take more tokens than were sampled."""
     lm = load("student")
     prompt = [turn("user", "hi")]
     unfinished = {"text": "what a long answer this is", "finished": False}
@@ -662,7 +662,7 @@ def test_an_error_while_rows_are_encoded_names_the_row(load):
     rows = [{"id": str(i), "prompt": [turn("user", "p")], "chosen": "y"} for i in range(3)]
     rows[2]["chosen"] = None  # what no file gives, since read_rows refuses it
 
-    with pytest.raises(TypeError) as raised:
+    with pytest.raises(AttributeError) as raised:
         encode_rows(lm, rows, ["chosen"], limits(40, 40), "pairs")
 
     assert raised.value.__notes__ == ["while encoding row 2 (pairs)"]
@@ -777,8 +777,10 @@ def slow_greedy(lm: LM, prompt: list[int], length: int) -> dict:
         finished = token in lm.eos_ids
         if not finished:
             ids.append(token)
-    text = lm.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
-    return {"text": text, "finished": finished}
+    new_ids = ids[len(prompt) :]
+    text = lm.tokenizer.decode(new_ids, skip_special_tokens=True)
+    token_ids = [*new_ids, token] if finished else new_ids
+    return {"text": text, "finished": finished, "token_ids": token_ids}
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -6,11 +6,13 @@ tags (Qwen3), responses that begin with a special token (gpt-oss, Command R7B), 
 around a turn (Llama 2), and responses that are trimmed (Gemma) or lose their thoughts (R1-Distill).
 """
 
+import itertools
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_model, one_error_line, save
+from conftest import make_model, one_error_line, read_jsonl, run_script, save, write_jsonl
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -22,7 +24,8 @@ from tokenizers import (
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from common import LM, encode_rows
+import common
+from common import LM, encode_rows, read_rows
 
 CPU = torch.device("cpu")
 LIMITS = SimpleNamespace(max_prompt_tokens=64, max_response_tokens=64)
@@ -307,3 +310,170 @@ def test_r58_a_template_that_writes_texts_as_they_are_is_passed_over_in_silence(
     encode_pairs(chatml(CHATML), [row("\ncod <|im_end|>", "é 🦊  <think>")])
 
     assert capsys.readouterr().out == "pairs: 1 of 1 rows\n"
+
+
+# -------------------------------------------------------------------- responses keep their tokens
+WITH_SAMPLES = {  # the flags with which all samples of a script are scored, and how many there are
+    "adpa": ({}, 8),
+    "dpkd": ({}, 16),
+    "pad": ({"num_answers": 3, "alpha": 1}, 24),
+    "rm_distiller": ({"no-refine": True, "best_of": 2}, 10),
+    "studies/baselines": ({"loss": "reverse_kl"}, 8),
+}
+
+
+def until_end(ids: list[int], lm: LM) -> list[int]:
+    """Generated ids without the padding that follows an end-of-sequence token."""
+    for index, token in enumerate(ids):
+        if token in lm.eos_ids:
+            return ids[: index + 1]
+    return ids
+
+
+@pytest.fixture
+def generated(monkeypatch) -> set[tuple]:
+    """All responses that any model generates in a test, as token ids."""
+    generate = LM.generate
+    responses = set()
+
+    def recording(self, prompts, n):
+        new_ids = generate(self, prompts, n)
+        responses.update(tuple(until_end(ids, self)) for ids in new_ids)
+        return new_ids
+
+    monkeypatch.setattr(LM, "generate", recording)
+    return responses
+
+
+@pytest.fixture
+def scored(monkeypatch) -> set[tuple]:
+    """All responses to rows of data that any model scores in a test, as token ids."""
+    pack = common.pack
+    responses = set()
+
+    def recording(examples, *models):
+        for example in examples:
+            if "prompt" in example.row:
+                responses.update(map(tuple, example.response_ids))
+        return pack(examples, *models)
+
+    monkeypatch.setattr(common, "pack", recording)
+    return responses
+
+
+def encoded_again(lm: LM, ids: tuple) -> list[int]:
+    """What sampled ids become by decoding and encoding."""
+    has_end = ids[-1] in lm.eos_ids
+    text = lm.tokenizer.decode(ids[:-1] if has_end else ids, skip_special_tokens=True)
+    return lm.plain_ids(text) + list(ids[-1:] if has_end else [])
+
+
+@pytest.mark.parametrize("script", WITH_SAMPLES)
+def test_r59_scripts_score_samples_as_they_were_sampled(
+    script, run_tiny, checkpoints, pairs, load, generated, scored
+):
+    flags, count = WITH_SAMPLES[script]
+    if script == "adpa":
+        flags = {"teacher_ref": checkpoints["teacher_ref"]}
+
+    run_tiny(script, **flags)
+
+    lm = load("student")
+    of_the_data = set()
+    for pair in read_rows(str(pairs), "train"):
+        _, response_ids = lm.encode(pair["prompt"], [pair["chosen"], pair["rejected"]])
+        of_the_data.update(map(tuple, response_ids))
+    samples = scored - of_the_data
+    assert samples <= generated
+    assert len(samples) >= count
+    # Were they encoded again, most of them would be others.
+    changed = [ids for ids in samples if encoded_again(lm, ids) != list(ids)]
+    assert len(changed) > len(samples) / 2
+
+
+def test_r59_a_sample_has_its_tokens_with_the_end_if_there_is_one(load, generated):
+    lm = load("student")
+
+    [samples] = lm.sample(
+        [lm.prompt_ids(QUESTION)], n=200, max_new_tokens=40, batch_size=200, seed=0
+    )
+
+    for sample in samples:
+        ids = sample["token_ids"]
+        assert (ids[-1] in lm.eos_ids) == sample["finished"]
+        assert set(ids[:-1]).isdisjoint(lm.eos_ids)
+        assert sample["finished"] or len(ids) == 40
+        # The text goes where text is needed, the ids wherever the tokenizer is the same.
+        assert lm.encode(QUESTION, [sample])[1] == [ids]
+    assert {tuple(sample["token_ids"]) for sample in samples} == generated
+    assert {sample["finished"] for sample in samples} == {True, False}
+
+
+def test_r59_ids_that_do_not_read_as_the_text_are_not_used(load, tmp_path):
+    """Those of another tokenizer, of a text that was changed, and of a file that is broken."""
+    lm = load("student")
+    special = ["<|im_start|>", "<|im_end|>"]
+    other = lm_with(byte_level_tokenizer(CHATML, special=special, eos="<|im_end|>"), tmp_path)
+    text = {"text": "cod and carp.", "finished": True}
+    _, [as_text] = lm.encode(QUESTION, [text])
+    spelled = []
+    for letter in text["text"]:
+        spelled += lm.plain_ids(letter)
+    end = lm.eos_ids[0]
+
+    def ids_with(token_ids) -> list[int]:
+        return lm.encode(QUESTION, [{**text, "token_ids": token_ids}])[1][0]
+
+    assert ids_with([*spelled, end]) == [*spelled, end] != as_text
+    assert ids_with(other.encode(QUESTION, [text])[1][0]) == as_text
+    for broken in (None, [], spelled, [spelled[0], end], [*spelled, 10**6], ["c"], [*spelled, -1]):
+        assert ids_with(broken) == as_text
+
+
+def test_r59_a_stage_file_without_ids_is_encoded_as_text(run_tiny, load, scored):
+    """Another program wrote it: texts, of which one never ended and is cut to the limit."""
+    run = run_tiny("adpa", teacher_ref="none")
+    rows = read_jsonl(run / "student_answers.jsonl")
+    assert all(row["token_ids"] for row in rows)
+    (run / "checkpoint.pt").unlink()
+    (run / "summary.json").unlink()
+    for number, written in enumerate(rows):
+        del written["token_ids"]
+        written.update({"text": f"answer {number}" * 20, "finished": False})
+    write_jsonl(run / "student_answers.jsonl", rows)
+    scored.clear()
+
+    assert run_script("adpa", resume=run) == 0
+
+    lm = load("student")
+    for written in rows:
+        assert tuple(lm.plain_ids(written["text"])[:40]) in scored
+
+
+# ---------------------------------------------------------------------- long work shows itself
+def test_r60_no_prompt_and_no_text_is_encoded_twice(run_tiny, monkeypatch):
+    """ADPA encodes its pairs, and then the same rows with ŷ."""
+    calls = Counter()
+    ids_of_response = LM.ids_of_response
+
+    def recording(self, prompt, response):
+        if isinstance(response, str):
+            calls[str(prompt), response] += 1
+        return ids_of_response(self, prompt, response)
+
+    monkeypatch.setattr(LM, "ids_of_response", recording)
+
+    run_tiny("adpa", teacher_ref="none")
+
+    assert len(calls) == 8
+    assert set(calls.values()) == {1}
+
+
+def test_r60_encoding_shows_how_far_it_is(chatml, capsys, monkeypatch):
+    lm = chatml(CHATML)
+    clock = itertools.count(step=3)
+    monkeypatch.setattr(common.time, "time", clock.__next__)
+
+    encode_pairs(lm, [row("cod", "carp", number) for number in range(4)])
+
+    assert "encoding pairs: 2 of 4 rows" in capsys.readouterr().err
