@@ -166,7 +166,7 @@ class Optimisation:
     weight_decay: float = 0.0
     """weight decay of AdamW"""
     max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
+    """gradients are clipped to this norm; 0 leaves them as they are"""
     seed: int = 1
     """seed of the data's order and of sampling"""
 
@@ -425,7 +425,8 @@ def main(args: Args):
             losses["sft"] += sft.item()
             losses["advantage"] += advantage.item()
 
-        grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), args.max_grad_norm)
+        max_grad_norm = args.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), max_grad_norm)
         if not math.isfinite(losses["total"]) or not math.isfinite(grad_norm):
             numbers = f"loss {losses['total']}, gradient norm {grad_norm}"
             stop(f"{numbers} in step {step} on rows {row_numbers(step_batch)}")

@@ -127,11 +127,18 @@ class LM:
         # Gradient checkpointing works in train mode only. Without dropout the two modes are equal.
         self.model.train(gradient_checkpointing)
         if gradient_checkpointing:
-            self.model.activation_checkpointing_enable()
+            try:
+                self.model.activation_checkpointing_enable()
+            except ValueError as error:
+                stop(f"{path} does not take --gradient_checkpointing: {error}")
 
-        # Many models pad their LM head to a round number, beyond the tokens of the tokenizer.
+        # Many models pad their LM head to a round number, beyond the tokens of the tokenizer. The
+        # ids of a tokenizer may have holes, so its size is not how many tokens it has.
         embeddings = self.model.get_input_embeddings()
-        self.vocab_size = min(len(self.tokenizer), embeddings.weight.shape[0])
+        self.num_embeddings = embeddings.weight.shape[0]
+        last_id = max(self.tokenizer.get_vocab().values())
+        self.vocab_size = min(last_id + 1, self.num_embeddings)
+        self.num_positions = count_positions(self.model)
         # The padding token is often the end-of-sequence token as well. It needs its gradient.
         embeddings.padding_idx = None
         # Our mask replaces the model's sliding window, so packed responses must be shorter than it.
@@ -145,12 +152,25 @@ class LM:
         self.bos_ids = [bos_id] if adds_bos else []
         self.turn_end = ""  # what the chat template writes after a response
         self.eos_ids = self.find_eos_ids()
+        probe = self.prompt_ids([{"role": "user", "content": "a"}])
+        self.check_limits(max(*probe, self.eos_ids[0]))
 
         self.share_prefix = True  # the responses of a prompt stand in one row, see `pack`
         self.autocast_enabled = False
         if not is_reward_model:
             self.check_packing()  # in full precision, before autocast is switched on
         self.autocast_enabled = device.type == "cuda"
+
+    def check_limits(self, largest: int, length: int = 0):
+        """Ends the program if the largest token id, or the last of so many positions, lies beyond
+        the model's tables. A GPU would say nothing of use."""
+        if largest >= self.num_embeddings:
+            token = f"token {self.tokenizer.convert_ids_to_tokens(largest)} ({largest})"
+            advice = "call model.resize_token_embeddings(len(tokenizer)) and train it first"
+            stop(f"{self.path}: {token} is beyond its {self.num_embeddings} embeddings; {advice}")
+        if length > self.num_positions:
+            advice = "lower --max_prompt_tokens or --max_response_tokens"
+            stop(f"{self.path} has {self.num_positions} positions, not {length}; {advice}")
 
     def autocast(self):
         """Context of every forward pass: bfloat16 on a GPU, nothing on a CPU."""
@@ -454,6 +474,8 @@ class LM:
         checkpoint's generation config only the end-of-sequence tokens count. The same seed gives
         the same responses.
         """
+        longest = max(len(prompt) for prompt in prompts)
+        self.check_limits(max(max(prompt) for prompt in prompts), longest + max_new_tokens)
         responses = [[] for _ in prompts]
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         prompts_per_batch = max(1, batch_size // n)
@@ -553,6 +575,19 @@ def load_model(path, device, trainable: bool, trust_remote_code: bool, is_reward
             "encoders and other classifiers need a reward function that calls them"
         )
     return model.to(device), checkpoint_dtype
+
+
+def count_positions(model) -> float:
+    """How many positions a model has: the size of its table of positions, or infinity if positions
+    are computed, as rotary ones are."""
+    count = math.inf
+    for name, module in model.named_modules():
+        if name.endswith(("wpe", "embed_positions")) and isinstance(module, torch.nn.Embedding):
+            count = min(count, module.num_embeddings - getattr(module, "offset", 0))
+    for name, table in model.named_buffers():
+        if name.endswith("embed_positions"):  # GPT-J, CodeGen
+            count = min(count, len(table))
+    return count
 
 
 def shared_vocab_size(student: LM, teacher: LM, advice: str = "choose a pair") -> int:
@@ -677,6 +712,9 @@ def pack(examples: list[Example], *models: LM) -> Batch:
             last_index.append(first + end - 1)
             lengths.append(len(response))
             start = end
+
+    for lm in models:
+        lm.check_limits(int(input_ids.max()), longest)
 
     # A token looks at its own segment and at the prompt, and never at what is later in the row. So
     # nothing looks at padding, which is the last thing in a row.
@@ -1063,11 +1101,11 @@ def encode_rows(
         for row in rows:
             bar.advance(1)
             try:
-                with error_note(f"encoding row {row['id']} ({label})"):
+                with error_note(f"encoding row {row_number(row)} ({label})"):
                     example = encode_row(lm, row, columns, args.max_response_tokens, encoded)
             except ChatTemplateError as error:
                 dropped["refused or changed by the chat template"] += 1
-                refused.append(f"row {row['id']}: {error}")
+                refused.append(f"row {row_number(row)}: {error}")
                 continue
             reason = reason_to_drop(example, columns, args)
             if reason:
@@ -1376,6 +1414,7 @@ def check_score(lm: LM):
 # What torch, pickle and load_state_dict raise for a file that is cut, spoilt or of another model.
 SPOILT_FILE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+MAX_SEED = 2**63 - 1  # torch takes twice as many, and steps are added to it
 AT_LEAST_1 = ["max_prompt_tokens", "max_response_tokens", "num_epochs", "batch_size"]
 AT_LEAST_1 += ["micro_batch_size", "logits_chunk", "log_every", "eval_every", "save_every"]
 AT_LEAST_1 += ["eval_prompts", "sample_batch_size"]
@@ -1478,6 +1517,8 @@ def check_flags(args, at_least_0: list[str]):
         value = getattr(args, name)
         if not least <= value < math.inf:  # NaN is refused as well
             stop(f"--{name} {value} must be a number of at least {least}")
+    if args.seed > MAX_SEED:
+        stop(f"--seed {args.seed} must be a number between 0 and {MAX_SEED}")
     packages = {"none": [], "tensorboard": ["tensorboard"], "wandb": ["wandb", "tensorboard"]}
     for package in packages[args.track]:
         if importlib.util.find_spec(package) is None:
@@ -1606,11 +1647,15 @@ def begin_run(run_dir: Path, args, models: list[LM | None], **examples: list[Exa
     their file, as in data=pairs.
     """
     inputs = {"began": CLOCK["began"].isoformat(), "models": {}, "rows": {}}
-    for lm in models:
-        if lm is not None:
-            inputs["models"][lm.path] = model_digests(lm)
+    longest_prompt = 0
     for flag, rows in examples.items():
         inputs["rows"][flag] = [row_digests(example) for example in rows]
+        for example in rows:
+            longest_prompt = max(longest_prompt, len(example.prompt_ids))
+    for lm in models:
+        if lm is not None:
+            check_lengths(lm, longest_prompt, args)
+            inputs["models"][lm.path] = model_digests(lm)
 
     began_with = read_inputs(run_dir)
     if not began_with:
@@ -1626,6 +1671,16 @@ def begin_run(run_dir: Path, args, models: list[LM | None], **examples: list[Exa
         before = began_with["rows"].get(flag, [])
         place = f"--{flag} {getattr(args, flag)}"
         check_rows(f"{problem}: {place}", before, inputs["rows"][flag], rows, models[0].tokenizer)
+
+
+def check_lengths(lm: LM, longest_prompt: int, args):
+    """Ends the program if a model has too few positions for the longest prompt and a response of
+    --max_response_tokens. Where positions are computed, it prints a note."""
+    length = longest_prompt + args.max_response_tokens
+    lm.check_limits(0, length)
+    trained = getattr(lm.config, "max_position_embeddings", None) or math.inf
+    if length > trained:
+        print(f"note: {lm.path} was made for {trained} positions; rows may have up to {length}")
 
 
 def read_inputs(run_dir: Path) -> dict:
@@ -1705,7 +1760,12 @@ def check_rows(problem: str, before: list[str], now: list[str], examples: list[E
 
 def row_numbers(examples: list[Example]) -> str:
     """Where rows stand in their file, from 1 on: "3, 17"."""
-    return ", ".join(example.row["id"].partition("-")[0] for example in examples)
+    return ", ".join(row_number(example.row) for example in examples)
+
+
+def row_number(row: dict) -> str:
+    number, _, _ = row["id"].partition("-")
+    return number
 
 
 def choose_device(name: str) -> torch.device:

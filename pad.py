@@ -81,6 +81,7 @@ from common import (
     prompt_text,
     read_rows,
     reward_metrics,
+    row_number,
     row_numbers,
     save_checkpoint,
     save_model,
@@ -230,7 +231,7 @@ class Optimisation:
     weight_decay: float = 0.0
     """weight decay of AdamW"""
     max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
+    """gradients are clipped to this norm; 0 leaves them as they are"""
     seed: int = 1
     """seed of the data's order and of sampling"""
 
@@ -469,7 +470,7 @@ def given_scores(rows: list[dict], args: Args) -> list[dict]:
         try:
             result = read_scores(row)
         except ValueError as error:
-            stop(f"--scores {args.scores}, row {row['id']}: {error}; found {str(row)[:300]}")
+            stop(f"--scores {args.scores}, row {row_number(row)}: {error}; found {str(row)[:300]}")
         results.append(with_score(result, args.alpha))
     return results
 
@@ -728,7 +729,8 @@ def main(args: Args):
             loss.backward()
             losses["total"] += loss.item()
 
-        grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), args.max_grad_norm)
+        max_grad_norm = args.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), max_grad_norm)
         if not math.isfinite(losses["total"]) or not math.isfinite(grad_norm):
             numbers = f"loss {losses['total']}, gradient norm {grad_norm}"
             stop(f"{numbers} in step {step} on rows {row_numbers(step_batch)}")

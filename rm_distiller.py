@@ -76,6 +76,7 @@ from common import (
     print_summary,
     prompt_text,
     read_rows,
+    row_number,
     row_numbers,
     save_checkpoint,
     save_model,
@@ -284,7 +285,7 @@ class Optimisation:
     weight_decay: float = 0.0
     """weight decay of AdamW"""
     max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
+    """gradients are clipped to this norm; 0 leaves them as they are"""
     seed: int = 1
     """seed of the data's order and of sampling"""
 
@@ -451,8 +452,10 @@ def add_reward_head(student: LM, seed: int):
     """Gives the model the head r, linear and in float32. transformers' classifiers and
     `load_reward_model` in common.py call it `score`. It is saved with the model's checkpoints."""
     torch.manual_seed(seed)
+    # It reads what the LM head reads, which in some OPTs is narrower than the hidden size.
+    width = student.model.get_output_embeddings().weight.shape[1]
     student.model.score = torch.nn.Linear(
-        student.config.hidden_size, 1, bias=False, device=student.device, dtype=torch.float32
+        width, 1, bias=False, device=student.device, dtype=torch.float32
     )
 
 
@@ -749,7 +752,7 @@ def check_column(rows: list[dict], column: str, types, problem: str):
     """Ends the program if a row lacks a column, or has something of another type there."""
     for row in rows:
         if not isinstance(row.get(column), types):
-            need = f"row {row['id']} needs a column {column}"
+            need = f"row {row_number(row)} needs a column {column}"
             stop(f"{problem}: {need}, as docs/rm_distiller.md describes it")
 
 
@@ -990,7 +993,8 @@ def main(args: Args):
             for name, part in parts.items():
                 losses[name] = losses.get(name, 0.0) + part.item()
 
-        grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), args.max_grad_norm)
+        max_grad_norm = args.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), max_grad_norm)
         if not math.isfinite(losses["total"]) or not math.isfinite(grad_norm):
             numbers = f"loss {losses['total']}, gradient norm {grad_norm}"
             stop(f"{numbers} in step {step} on rows {row_numbers(step_batch)}")

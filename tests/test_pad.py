@@ -788,7 +788,7 @@ def error_line(text: str) -> str:
 def test_scores_that_lack_something_are_one_line(spoilt, run_on_scores, capsys):
     assert run_on_scores(SPOILT[spoilt]) == 2
     error = error_line(capsys.readouterr().err)
-    assert "--scores" in error and "other.jsonl, row 1-" in error
+    assert "--scores" in error and "other.jsonl, row 1: " in error
     [column] = SPOILT[spoilt]
     words = {"answers": "an answer must be a text"}
     assert words.get(column, f"column {column}") in error

@@ -3,6 +3,8 @@ any work."""
 
 import ast
 import contextlib
+import json
+import math
 import os
 import re
 import runpy
@@ -11,9 +13,12 @@ import subprocess
 import sys
 import time
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 from conftest import (
     CHAT_TEMPLATE,
     PAIRS,
@@ -21,16 +26,34 @@ from conftest import (
     SCRIPTS,
     TINY_RUN,
     command_line,
+    first_gradient,
+    make_model,
+    make_tokenizer,
     one_error_line,
+    packed_logps,
+    plain_log_probs,
     read_jsonl,
     run_script,
+    save,
     write_jsonl,
 )
 from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 import adpa
 import common
 import dpkd
+import rm_distiller
 from common import Example, begin_run, exit_in_one_line, open_run
 
 CODE = []
@@ -463,6 +486,198 @@ def test_r76_what_else_a_run_learns_from_is_compared(load, tmp_path, capsys):
     error = one_error_line(capsys, begin, 1.5, "Yet another text.")
     assert f"--lm_data {corpus}, row 3 has other tokens" in error
     assert "et another text." in error  # what it is now
+
+
+# -------------------------------------------------------------------------- limits, before any work
+def gpt2(folder: Path, tokenizer, positions: int = 64) -> str:
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": positions}
+    torch.manual_seed(0)
+    shape |= {"vocab_size": len(tokenizer), "eos_token_id": 5, "bos_token_id": None}
+    return save(folder, tokenizer, GPT2LMHeadModel(GPT2Config(**shape)))
+
+
+def small_config(config_class, **shape):
+    return config_class(
+        vocab_size=400,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=48,
+        **shape,
+    )
+
+
+COUNTED = {  # a model, and how many positions it has
+    "GPT-2": (GPT2LMHeadModel, GPT2Config(vocab_size=400, n_embd=8, n_layer=1, n_head=2), 1024),
+    # Its table has two more, which no text uses.
+    "OPT": (OPTForCausalLM, small_config(OPTConfig, hidden_size=8, word_embed_proj_dim=8), 48),
+    "GPT-J": (
+        GPTJForCausalLM,
+        GPTJConfig(vocab_size=400, n_embd=8, n_layer=1, n_head=2, rotary_dim=4, n_positions=48),
+        48,
+    ),
+    "Llama": (LlamaForCausalLM, small_config(LlamaConfig, hidden_size=8), math.inf),
+}
+
+
+@pytest.mark.parametrize("family", COUNTED)
+def test_r77_positions_are_counted(family):
+    """The last one that is counted works, and the next one does not."""
+    model_class, config, expected = COUNTED[family]
+    model = model_class(config).eval()
+    assert common.count_positions(model) == expected
+    if expected < math.inf:
+        model(torch.zeros(1, expected, dtype=torch.long))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.zeros(1, expected + 1, dtype=torch.long))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_r77_too_few_positions_are_one_line_before_anything_is_sampled(
+    script, tiny_flags, tokenizer, tmp_path, capsys
+):
+    student = gpt2(tmp_path / "gpt2", tokenizer)
+    flags = {**tiny_flags, "student": student, "teacher": student, "output_dir": tmp_path / "run"}
+    if script == "adpa":
+        flags["teacher_ref"] = student
+
+    assert run_script(script, **{**flags, "max_response_tokens": 64}) == 2
+
+    error = capsys.readouterr().err
+    assert re.search(rf"error: {student} has 64 positions, not \d+; lower --max_prompt", error)
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_r77_a_run_may_use_all_positions(tiny_flags, tokenizer, tmp_path, load):
+    lm = load(gpt2(tmp_path / "probe", tokenizer))
+    rows = common.read_rows(str(tiny_flags["data"]), "train")
+    longest = max(len(lm.prompt_ids(row["prompt"])) for row in rows)
+    student = gpt2(tmp_path / "gpt2", tokenizer, positions=longest + 40)
+    flags = {**tiny_flags, "student": student, "teacher": student, "eval_prompts": 8}
+
+    for tokens, code in ((40, 0), (41, 2)):
+        flags |= {"max_response_tokens": tokens, "output_dir": tmp_path / str(tokens)}
+        assert run_script("dckd", **flags) == code
+
+
+def test_r77_longer_questions_and_samples_are_one_line_as_well(tokenizer, tmp_path, load, capsys):
+    """A judge's questions are longer than the prompts that are known at the start."""
+    lm = load(gpt2(tmp_path / "gpt2", tokenizer))
+    error = one_error_line(capsys, common.pack, [Example({}, [1] * 40, [[2] * 25])], lm)
+    assert "64 positions, not 65" in error
+    sample = partial(lm.sample, [[1] * 40], max_new_tokens=25, batch_size=1, seed=0)
+    assert "64 positions, not 65" in one_error_line(capsys, sample)
+    common.pack([Example({}, [1] * 40, [[2] * 24])], lm)
+
+
+def test_r77_computed_positions_beyond_those_of_the_config_are_a_note(
+    tiny_flags, tokenizer, tmp_path, capsys
+):
+    model = make_model(len(tokenizer), max_position_embeddings=32)
+    student = save(tmp_path / "short", tokenizer, model)
+    flags = {**tiny_flags, "student": student}
+
+    assert run_script("dckd", **flags, output_dir=tmp_path / "run") == 0
+
+    assert re.search(rf"note: {student} was made for 32 positions", capsys.readouterr().out)
+
+
+def test_r77_tokens_beyond_the_embeddings_are_one_line(load, tmp_path, capsys):
+    """Chat tokens were added to the tokenizer, and the embeddings were not resized."""
+    tokenizer = make_tokenizer()
+    model = make_model(len(tokenizer))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|end|>", "<|im_end|>")
+    added = save(tmp_path / "added", tokenizer, model)
+    error = one_error_line(capsys, load, added)
+    assert f"{added}: token <|im_end|>" in error
+    assert "resize_token_embeddings" in error
+    # A token that no text contains does no harm.
+    tokenizer.chat_template = CHAT_TEMPLATE
+    lm = load(save(tmp_path / "unused", tokenizer, model))
+    assert lm.vocab_size == len(tokenizer) - 2
+    error = one_error_line(capsys, common.pack, [Example({}, [1], [[lm.vocab_size]])], lm)
+    assert "is beyond its" in error
+
+
+def test_r77_a_tokenizer_with_holes_in_its_ids_works(load, tiny_flags, tmp_path):
+    """The end-of-turn has the id 600, and the tokenizer has 400 tokens."""
+    model = make_model(640, eos_token_id=600)
+    folder = Path(save(tmp_path / "holes", make_tokenizer(), model))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    for token in tokenizer["added_tokens"]:
+        if token["content"] == "<|end|>":
+            token["id"] = 600
+    tokenizer["model"]["vocab"]["<|end|>"] = 600
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+    lm = load(str(folder))
+
+    assert lm.vocab_size == 601
+    prompt_ids, [response_ids] = lm.encode([{"role": "user", "content": "Hello"}], ["a coin"])
+    assert response_ids[-1] == lm.eos_ids[0] == 600
+    _, logps = packed_logps(lm, [Example({}, prompt_ids, [response_ids])], lm.vocab_size)
+    expected = plain_log_probs(lm.model, prompt_ids, response_ids, lm.vocab_size)
+    expected = expected[range(len(response_ids)), response_ids]
+    assert torch.allclose(logps.double(), expected, atol=1e-5)
+    flags = {**tiny_flags, "student": folder, "teacher": folder}
+    assert run_script("dckd", **flags, output_dir=tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize("seed, code", [(2**63 - 1, 0), (2**63, 2), (10**23, 2)])
+def test_r77_seeds_that_torch_does_not_take_are_one_line(seed, code, tiny_flags, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert run_script("dckd", **{**tiny_flags, "seed": seed, "output_dir": run}) == code
+    if code:
+        assert f"--seed {seed} must be a number between 0 and" in capsys.readouterr().err
+        assert not run.exists()
+
+
+def test_r77_checkpointing_that_a_model_does_not_support_is_one_line(load, checkpoints, capsys):
+    keywords = {"trainable": True, "gradient_checkpointing": True}
+    with mock.patch.object(LlamaForCausalLM, "supports_gradient_checkpointing", False):
+        error = one_error_line(capsys, load, "student", **keywords)
+    assert f"{checkpoints['student']} does not take --gradient_checkpointing" in error
+
+
+@pytest.mark.parametrize("script", ["dckd", "dpkd"])
+def test_r77_a_gradient_norm_of_0_is_no_limit(script, run_tiny):
+    runs = [run_tiny(script, max_grad_norm=norm, learning_rate=1e-2) for norm in (0, 1e9, 1e-3)]
+    unlimited, high, low = [first_gradient(run) for run in runs]
+    assert all(torch.equal(a, b) for a, b in zip(unlimited, high))
+    assert not all(torch.equal(a, b) for a, b in zip(unlimited, low))
+
+
+def test_r77_a_reward_head_is_as_wide_as_what_it_reads(load, tokenizer, tmp_path):
+    """OPT-350m projects its hidden states to another width before its head."""
+    config = OPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        word_embed_proj_dim=16,
+        do_layer_norm_before=False,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        init_std=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=5,
+    )
+    torch.manual_seed(0)
+    student = load(save(tmp_path / "opt", tokenizer, OPTForCausalLM(config)), trainable=True)
+    rm_distiller.add_reward_head(student, seed=1)
+    examples = []
+    for text in ("a coin", "some tokens of a response"):
+        examples.append(Example({}, *student.encode([{"role": "user", "content": "x"}], [text])))
+    batch = common.pack(examples, student)
+    rewards = rm_distiller.response_rewards(student, student.hidden_states(batch), batch)
+
+    rm_distiller.save_reward_model(student, tmp_path / "rm")
+
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
+    for example, reward in zip(examples, rewards):
+        ids = torch.tensor([example.prompt_ids + example.response_ids[0]])
+        assert classifier(ids).logits.item() == pytest.approx(reward.item(), abs=1e-5)
 
 
 # ------------------------------------------------------------------------------------ guards and -O
