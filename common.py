@@ -208,15 +208,17 @@ class LM:
         turn as well. If there is no such token, it is the first special one.
         """
         chat = [
-            {"role": "user", "content": "Question 7531"},
-            {"role": "assistant", "content": "Answer 2468"},
+            {"role": "user", "content": "7531"},
+            {"role": "assistant", "content": "2468"},
         ]
         try:
             text = self.chat_text(chat)
         except ChatTemplateError as error:
             stop(str(error))
-        before_answer, _, self.turn_end = text.rpartition("Answer 2468")
-        _, _, after_question = before_answer.rpartition("Question 7531")
+        before_answer, answer, self.turn_end = text.rpartition("2468")
+        if not answer:
+            stop(f"{self.path}: its chat template leaves out the text of a response: {text}")
+        _, _, after_question = before_answer.rpartition("7531")
         encode = partial(self.tokenizer, add_special_tokens=False)
         ends_a_turn = [*known, *encode(after_question).input_ids]
         special = []

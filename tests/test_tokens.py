@@ -257,6 +257,15 @@ def test_r57_responses_that_begin_with_a_special_token_are_scored_whole(
     assert decoded(lm, unfinished) == written.format("cod and")
 
 
+def test_r57_a_template_without_the_text_of_a_response_is_refused(chatml, capsys):
+    """As of models that also take images: it reads lists of parts where a content is a text."""
+    template = CHATML.replace("m['content']", "m['content'][0]['text'] | default('')")
+
+    error = one_error_line(capsys, chatml, template)
+
+    assert "its chat template leaves out the text of a response: <|im_start|>user" in error
+
+
 # ------------------------------------------------------- what a template does to a text is noticed
 def test_r58_tags_of_thoughts_reach_the_template(chatml, capsys):
     """What it gives back unchanged is scored unchanged. What it adds is scored, and said."""
