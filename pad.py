@@ -341,6 +341,8 @@ def average_logps(
 def scores_of_rows(rows: list[dict], alpha: float) -> torch.Tensor:
     """[B, n]: the teacher's scores of the answers in rows of stage 2, from what it said of them."""
     logps = torch.tensor([row["average_logp"] for row in rows], dtype=torch.float64)
+    if alpha == 1:
+        return logps
     judgement = torch.tensor([row["judgement"] for row in rows], dtype=torch.float64)
     return teacher_scores(logps, judgement.log(), alpha)
 
@@ -384,13 +386,10 @@ def judge_answers(rows: list[dict], teacher: LM, args: Args) -> list[dict]:
     """The answers of every row, and what the teacher says of them: lists of numbers.
 
     "average_logp", "judgement", which is exp(s_mcq), and "score" have a number for every answer,
-    "p_a" and "p_b" for every question.
+    "p_a" and "p_b" for every question. With α = 1 nothing is asked, and there are "average_logp"
+    and "score" alone.
     """
     n = len(rows[0]["answers"])
-    pairs = question_pairs(n, args.swap_order)
-    p_a, p_b = ask_teacher(rows, pairs, teacher)  # [B, pairs] each
-    judgement = mcq_scores(p_a, p_b, pairs, n).exp()  # [B, n]
-
     examples = []
     for row in rows:
         examples.append(Example(row, *teacher.encode(row["prompt"], row["answers"])))
@@ -399,15 +398,18 @@ def judge_answers(rows: list[dict], teacher: LM, args: Args) -> list[dict]:
     )
     logps = logps.view(-1, n)  # [B, n]
 
+    numbers = {"average_logp": logps}
+    if args.alpha < 1:
+        pairs = question_pairs(n, args.swap_order)
+        p_a, p_b = ask_teacher(rows, pairs, teacher)  # [B, pairs] each
+        judgement = mcq_scores(p_a, p_b, pairs, n).exp()  # [B, n]
+        numbers |= {"judgement": judgement, "p_a": p_a, "p_b": p_b}
+
     results = []
     for i, row in enumerate(rows):
-        result = {
-            "answers": row["answers"],
-            "average_logp": logps[i].tolist(),
-            "judgement": judgement[i].tolist(),
-            "p_a": p_a[i].tolist(),
-            "p_b": p_b[i].tolist(),
-        }
+        result = {"answers": row["answers"]}
+        for name, values in numbers.items():
+            result[name] = values[i].tolist()
         results.append(with_score(result, args.alpha))
     return results
 
@@ -468,28 +470,32 @@ def given_scores(rows: list[dict], args: Args) -> list[dict]:
     results = []
     for row in rows:
         try:
-            result = read_scores(row)
+            result = read_scores(row, args.alpha)
         except ValueError as error:
             stop(f"--scores {args.scores}, row {row_number(row)}: {error}; found {str(row)[:300]}")
         results.append(with_score(result, args.alpha))
     return results
 
 
-def read_scores(row: dict) -> dict:
-    """The answers of a row and the numbers about them. ValueError if they cannot be used."""
+def read_scores(row: dict, alpha: float) -> dict:
+    """The answers of a row and the numbers about them, of which α = 1 needs "average_logp" alone.
+    ValueError if they cannot be used."""
     for answer in row["answers"]:
         is_sample = isinstance(answer, dict) and {"text", "finished"} <= answer.keys()
         if not is_sample and not isinstance(answer, str):
             raise ValueError('an answer must be a text, or {"text": ..., "finished": ...}')
     result = {"answers": row["answers"]}
-    for column in ("average_logp", "judgement", "p_a", "p_b"):
+    columns = ["average_logp"]
+    if alpha < 1:
+        columns += ["judgement", "p_a", "p_b"]
+    for column in columns:
         numbers = row.get(column)
         if not isinstance(numbers, list) or not all(map(is_number, numbers)):
             raise ValueError(f"a column {column} is needed, a list of numbers")
         if column in ("average_logp", "judgement") and len(numbers) != len(row["answers"]):
             raise ValueError(f"the column {column} must have a number for every answer")
         result[column] = numbers
-    if min(result["judgement"]) <= 0:
+    if min(result.get("judgement", [1])) <= 0:
         raise ValueError("the column judgement is exp(s_mcq), so it must be above 0")
     return result
 
@@ -541,12 +547,17 @@ def make_round(
     )
     kept = [row for row in scored if passes_filter(row, args.alpha)]
 
-    charts = judge_charts(scored)
+    charts = {}
+    if args.alpha < 1:
+        charts = judge_charts(scored)
     charts["charts/judge_kept"] = len(kept) / len(rows)
+    judge = "not asked"
+    if args.alpha < 1:
+        mass = charts["charts/judge_mass"]
+        judge = f"p(A) + p(B) {mass}, p(A) {charts['charts/judge_p_a']}"
     print(
         f"round {number}: {n} answers differ for {len(scored)} of {len(rows)} prompts, "
-        f"{len(kept)} kept; judge: p(A) + p(B) {charts['charts/judge_mass']}, "
-        f"p(A) {charts['charts/judge_p_a']}"
+        f"{len(kept)} kept; judge: {judge}"
     )
     # `encode_rows` reads columns of a row, so every answer gets one. It drops rows with an answer
     # that is too long.

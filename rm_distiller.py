@@ -597,7 +597,7 @@ def score_as_answer_a(
     """Stage 2. The teacher's score of the answer in the column `scored`, as "score_<scored>".
 
     It is shown as answer A, beside the one in the column `other`. With --score text, 0 is a reply
-    that could not be read, and the reply is kept.
+    that could not be read, and the reply is kept as "score_<scored>_reply".
     """
     chats = []
     for row in rows:
@@ -611,7 +611,7 @@ def score_as_answer_a(
         replies = teacher_replies(chats, args.seed, teacher, 0.0, args)
         texts = [reply["text"] for reply in replies]
         scores = [read_scores(text, [ANSWER_A, ANSWER_B])[0] for text in texts]
-        return [{column: score, "reply": text} for score, text in zip(scores, texts)]
+        return [{column: score, f"{column}_reply": text} for score, text in zip(scores, texts)]
     # The comma ends the number: without it "A: 1" would be the beginning of "A: 10" as well.
     scores = expected_scores(
         chats, "A: {},", teacher, reply_ends=False, logits_chunk=args.logits_chunk
@@ -641,7 +641,8 @@ def score_edits(rows: list[dict], teacher: LM, args: Args) -> list[dict]:
     """Stage 4. The teacher's score of its edit, as "score_refined".
 
     It is asked in the same conversation, after its whole diagnosis and edit, and told what y_l was
-    scored. With --score text, 0 is a reply that could not be read, and the reply is kept.
+    scored. With --score text, 0 is a reply that could not be read, and the reply is kept as
+    "score_refined_reply".
     """
     chats = []
     for row in rows:
@@ -653,7 +654,10 @@ def score_edits(rows: list[dict], teacher: LM, args: Args) -> list[dict]:
         replies = teacher_replies(chats, args.seed, teacher, 0.0, args)
         texts = [reply["text"] for reply in replies]
         scores = [read_scores(text, [THE_EDIT])[0] for text in texts]
-        return [{"score_refined": score, "reply": text} for score, text in zip(scores, texts)]
+        results = []
+        for score, text in zip(scores, texts):
+            results.append({"score_refined": score, "score_refined_reply": text})
+        return results
     scores = expected_scores(chats, "{}", teacher, reply_ends=True, logits_chunk=args.logits_chunk)
     return [{"score_refined": score} for score in scores]
 
@@ -673,7 +677,13 @@ def annotate(
         """The rows with the new columns of a stage. What could not be read is dropped."""
         path = run_dir / f"{column}.jsonl"
         results = cached_map(path, rows, function, batch_size, seed)
-        new_rows = [{**row, **result} for row, result in zip(rows, results)]
+        new_rows = []
+        for row, result in zip(rows, results):
+            # The stage's own columns alone: a file of another program may have more.
+            new_row = {**row, column: result.get(column)}
+            if f"{column}_reply" in result:
+                new_row[f"{column}_reply"] = result[f"{column}_reply"]
+            new_rows.append(new_row)
         check_column(new_rows, column, types, f"cannot go on with {path}")
         readable = [row for row in new_rows if is_readable(row[column])]
         dropped["unreadable"] += len(rows) - len(readable)
@@ -739,13 +749,13 @@ def order_by_score(row: dict) -> dict:
     """The row with its two answers in the teacher's order, whatever the data says."""
     if row["score_chosen"] > row["score_rejected"]:
         return row
-    return {
-        **row,
-        "chosen": row["rejected"],
-        "score_chosen": row["score_rejected"],
-        "rejected": row["chosen"],
-        "score_rejected": row["score_chosen"],
-    }
+    exchanged = dict(row)
+    for column in ("{}", "score_{}", "score_{}_reply"):
+        chosen = column.format("chosen")
+        rejected = column.format("rejected")
+        if chosen in row and rejected in row:
+            exchanged |= {chosen: row[rejected], rejected: row[chosen]}
+    return exchanged
 
 
 def check_column(rows: list[dict], column: str, types, problem: str):

@@ -431,6 +431,8 @@ def assert_scores(run, teacher: LM, both_orders=False) -> list[dict]:
     assert len(rows) >= 6
     for row in rows:
         expected = slow_scores(teacher, row, alpha, both_orders)
+        if alpha == 1:
+            expected = {name: expected[name] for name in ("average_logp", "score")}
         for name, values in expected.items():
             assert row[name] == pytest.approx(values, rel=1e-3, abs=1e-5), name
     return rows
@@ -482,16 +484,14 @@ def test_sampling_alone_leaves_out_what_has_no_token_and_what_is_said_twice(
         assert nothing not in result["answers"]
 
 
-@pytest.mark.parametrize("both_orders", [False, True])
-def test_scores_equal_plain_forward_passes_of_the_teacher(checkpoints, run_tiny, both_orders):
-    run = run_tiny("pad", **NO_FILTER, swap_order=both_orders)
-    [row, *_] = assert_scores(run, LM(checkpoints["teacher"], CPU), both_orders)
-    assert len(row["p_a"]) == (6 if both_orders else 3)
+def test_scores_equal_plain_forward_passes_of_the_teacher(checkpoints, run_tiny):
+    run = run_tiny("pad", **NO_FILTER)
+    assert_scores(run, LM(checkpoints["teacher"], CPU))
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.6])
+@pytest.mark.parametrize("alpha, both_orders", [(0.0, False), (0.6, False), (0.6, True)])
 def test_judging_alone_equals_plain_forward_passes_and_decodes_the_vocabulary_once(
-    load, pairs, monkeypatch, alpha
+    load, pairs, monkeypatch, alpha, both_orders
 ):
     teacher = load("teacher")
     decoded = []
@@ -504,9 +504,11 @@ def test_judging_alone_equals_plain_forward_passes_and_decodes_the_vocabulary_on
     monkeypatch.setattr(teacher.tokenizer, "batch_decode", counting_decode)
     rows = [{**row, "answers": finished("yes", "no, no", "a thing")} for row in prompts_of(pairs)]
     for some_rows in (rows[:3], rows[3:5]):
-        results = judge_answers(some_rows, teacher, Args(**{**TINY, "alpha": alpha}))
+        flags = {**TINY, "alpha": alpha, "swap_order": both_orders}
+        results = judge_answers(some_rows, teacher, Args(**flags))
         for row, result in zip(some_rows, results, strict=True):
-            for name, values in slow_scores(teacher, row, alpha).items():
+            assert len(result["p_a"]) == (6 if both_orders else 3)
+            for name, values in slow_scores(teacher, row, alpha, both_orders).items():
                 assert result[name] == pytest.approx(values, rel=1e-3, abs=1e-5), name
     assert decoded == [teacher.vocab_size]
 
@@ -557,7 +559,8 @@ def slow_step(path: str, rows: list[dict], loss, beta: float, alpha: float):
             averages.append(log_probs[range(len(response)), response].mean())
         student = torch.stack(averages)[None]
         row = example.row
-        teacher = float64(*slow_score(row["average_logp"], row["judgement"], alpha))
+        judgement = row.get("judgement", [1.0] * len(row["average_logp"]))  # α = 1 has none
+        teacher = float64(*slow_score(row["average_logp"], judgement, alpha))
         total = total + loss(beta * student, beta * teacher)[0]
     total = total / len(examples)
     return total.item(), torch.autograd.grad(total, list(model.parameters()))
@@ -675,12 +678,16 @@ def test_the_filter_and_what_is_said_of_the_judge(checkpoints, pairs, feed, caps
     out = capsys.readouterr().out
     count = round(8 * share)
     assert code == 0
-    assert f"{count} kept; judge: p(A) + p(B) 0.5833, p(A) 0.25" in out
+    judge = "not asked" if alpha == 1 else "p(A) + p(B) 0.5833, p(A) 0.25"
+    assert f"{count} kept; judge: {judge}\n" in out
     assert f"{count} of {count} rows" in out
     [row] = training_rows(run)
-    assert row["charts/judge_mass"] == pytest.approx(1.75 / 3, abs=1e-4)
-    assert row["charts/judge_p_a"] == pytest.approx(0.25, abs=1e-4)
     assert row["charts/judge_kept"] == share
+    if alpha == 1:
+        assert "charts/judge_mass" not in row
+    else:
+        assert row["charts/judge_mass"] == pytest.approx(1.75 / 3, abs=1e-4)
+        assert row["charts/judge_p_a"] == pytest.approx(0.25, abs=1e-4)
 
     # What the file says of the answers is what is learned.
     kept = scores
@@ -688,6 +695,24 @@ def test_the_filter_and_what_is_said_of_the_judge(checkpoints, pairs, feed, caps
         kept = [row for i, row in enumerate(scores) if i % 4 in (0, 3)]
     value, _ = slow_step(checkpoints["student"], kept, ppd, beta=2.0, alpha=alpha)
     assert row["losses/total"] == pytest.approx(value, rel=1e-4)
+
+
+def test_r78_with_alpha_1_the_judge_is_not_asked(load, pairs, run_tiny, monkeypatch):
+    """The average log-probs are those that a judge of α = 0.6 has, and nothing else is there."""
+    monkeypatch.setattr(pad, "ask_teacher", None)
+    teacher = load("teacher")
+    rows = [{**row, "answers": finished("yes", "no, no", "a thing")} for row in prompts_of(pairs)]
+    results = judge_answers(rows, teacher, Args(**NO_FILTER))
+    for row, result in zip(rows, results):
+        assert result.keys() == {"answers", "average_logp", "score"}
+        expected = slow_scores(teacher, row, alpha=0.6)["average_logp"]
+        assert result["score"] == result["average_logp"] == pytest.approx(expected, abs=1e-4)
+
+    run = run_tiny("pad", **NO_FILTER)
+    for row in read_jsonl(run / "scores_1.jsonl"):
+        assert row.keys() == {"id", "prompt", "answers", "average_logp", "score"}
+    again = run_tiny("pad", **NO_FILTER, scores=run / "scores_1.jsonl")
+    assert_same_weights(run, again)
 
 
 def assert_same_weights(one, other):

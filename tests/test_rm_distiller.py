@@ -5,6 +5,7 @@ import datetime
 import json
 import math
 import re
+import shutil
 import statistics
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -789,6 +790,11 @@ def test_scores_from_text_are_numbers_the_teacher_wrote(tmp_path, capsys):
     columns = ("score_chosen", "score_rejected", "score_refined")
     for row in rows:
         assert all(row[column] in range(1, 11) for column in columns)
+        # Every score has the reply that it was read in, also where the teacher's order is not the
+        # data's.
+        for column in columns:
+            names = [THE_EDIT] if column == "score_refined" else [ANSWER_A, ANSWER_B]
+            assert read_scores(row[f"{column}_reply"], names)[0] == row[column]
 
     # They are greedy, whatever the temperature of answers and edits.
     lm = LM("playground/teacher", CPU)
@@ -798,17 +804,53 @@ def test_scores_from_text_are_numbers_the_teacher_wrote(tmp_path, capsys):
         chat = score_chat(row["prompt"][-1]["content"], pair["chosen"], pair["rejected"])
         prompts = [lm.prompt_ids(chat)]
         [[greedy]] = lm.sample(prompts, temperature=0, max_new_tokens=40, batch_size=1, seed=0)
-        assert row["reply"] == greedy["text"]
+        assert row["score_chosen_reply"] == greedy["text"]
 
     names_of = {"score_refined": [THE_EDIT]}
     for column in columns:
         names = names_of.get(column, [ANSWER_A, ANSWER_B])
         for row in read_jsonl(run / f"{column}.jsonl"):
-            assert row[column] == read_scores(row["reply"], names)[0]
+            assert row[column] == read_scores(row[f"{column}_reply"], names)[0]
     # Whole numbers tie. Expected scores do not.
     assert counts["tie"] >= 1
     assert counts.pop("rows in") == 24
     assert sum(counts.values()) == 24
+
+
+def test_r79_columns_of_the_data_that_have_the_names_of_ours_change_nothing(tmp_path):
+    """UltraFeedback, for one, has score_chosen and score_rejected."""
+    data = few(tmp_path)
+    own = {"score_chosen": 9.5, "teacher": "x", "refined": "y", "reply": "z", "margin": 5}
+    labelled = write_jsonl(tmp_path / "own.jsonl", [{**row, **own} for row in read_jsonl(data)])
+    runs = {data: tmp_path / "plain", labelled: tmp_path / "labelled"}
+    for path, run in runs.items():
+        assert run_script("rm_distiller", data=path, **SHORT, output_dir=run) == 0
+
+    plain, with_own = [read_jsonl(run / "annotations.jsonl") for run in runs.values()]
+    assert len(plain) == len(with_own) > 0
+    for row, own_row in zip(plain, with_own):
+        assert own_row.pop("reply") == "z"
+        assert own_row.pop("margin") == 5  # the margin of the loss is not in this file
+        assert own_row == row
+    models = [(run / "model/model.safetensors").read_bytes() for run in runs.values()]
+    assert models[0] == models[1]
+
+
+def test_r79_other_columns_of_a_stage_file_change_nothing(tmp_path):
+    """A file of another program may have all columns of a row."""
+    data = few(tmp_path)
+    runs = [tmp_path / "run", tmp_path / "again"]
+    assert run_script("rm_distiller", data=data, **SHORT, output_dir=runs[0]) == 0
+    shutil.copytree(runs[0], runs[1])
+    stage = runs[1] / "score_refined.jsonl"
+    write_jsonl(stage, [{**row, "chosen": "x", "refined": "y"} for row in read_jsonl(stage)])
+    for name in ("summary.json", "checkpoint.pt", "metrics.jsonl", "annotations.jsonl"):
+        (runs[1] / name).unlink()
+
+    assert run_script("rm_distiller", resume=runs[1]) == 0
+
+    names = ("annotations.jsonl", "model/model.safetensors")
+    assert all((runs[0] / name).read_bytes() == (runs[1] / name).read_bytes() for name in names)
 
 
 @pytest.fixture(scope="session")

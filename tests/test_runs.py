@@ -680,6 +680,74 @@ def test_r77_a_reward_head_is_as_wide_as_what_it_reads(load, tokenizer, tmp_path
         assert classifier(ids).logits.item() == pytest.approx(reward.item(), abs=1e-5)
 
 
+# ------------------------------------------------------------------------------- terms of weight 0
+def exclude(monkeypatch, ids: list[int], only_student: bool):
+    """While a run trains, its models (or the student alone) give these tokens probability 0."""
+    logits = common.LM.logits
+
+    def without_tokens(self, hidden, vocab_size):
+        values = logits(self, hidden, vocab_size)
+        if torch.is_grad_enabled() and (self.trainable or not only_student):
+            values = values.index_fill(-1, torch.tensor(ids), -math.inf)
+        return values
+
+    monkeypatch.setattr(common.LM, "logits", without_tokens)
+
+
+def training_row(run: Path) -> dict:
+    """The metrics of a run's only step, whose loss and gradient must be finite."""
+    [row] = [row for row in read_jsonl(run / "metrics.jsonl") if "losses/total" in row]
+    assert math.isfinite(row["losses/total"])
+    assert math.isfinite(row["charts/grad_norm"])
+    return row
+
+
+def test_r78_an_infinite_kl_of_weight_0_is_not_in_the_loss(run_tiny, load, pairs, monkeypatch):
+    """The student excludes all tokens that no chosen response has."""
+    lm = load("student")
+    used = set()
+    for row in common.read_rows(str(pairs), "train"):
+        used.update(lm.encode(row["prompt"], [row["chosen"]])[1][0])
+    exclude(monkeypatch, sorted(set(range(lm.vocab_size)) - used), only_student=True)
+
+    row = training_row(run_tiny("dckd", kl_chosen=0, kl_rejected=0))
+
+    assert row["losses/kl_chosen"] == row["losses/kl_rejected"] == math.inf
+    assert row["losses/total"] == pytest.approx(row["losses/sft"])
+
+
+def test_r78_an_infinite_cross_entropy_of_weight_0_is_not_in_the_loss(
+    run_tiny, tmp_path, monkeypatch
+):
+    """The student excludes tokens of y_t, y_s and the corpus. Their log-ratios count as 0."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("A piece of text.\n")
+    exclude(monkeypatch, list(range(100, 400)), only_student=True)
+
+    row = training_row(run_tiny("dpkd", sft_coef=0, lm_data=corpus, lm_coef=0))
+
+    assert row["losses/sft"] == row["losses/lm"] == math.inf
+    assert row["losses/total"] == pytest.approx(row["losses/preference"])
+
+
+def test_r78_an_infinite_likelihood_of_weight_0_is_not_in_the_loss(
+    run_tiny, load, pairs, tmp_path, monkeypatch
+):
+    """Student and teacher exclude a token that y_T has."""
+    rows = []
+    for row in read_jsonl(pairs):
+        annotation = {"teacher": "an answer", "score_chosen": 8, "score_rejected": 3}
+        rows.append({**row, **annotation})
+    annotations = write_jsonl(tmp_path / "annotations.jsonl", rows)
+    exclude(monkeypatch, load("student").plain_ids("an answer")[:1], only_student=False)
+
+    run = run_tiny("rm_distiller", annotations=annotations, best_of=0, **{"no-refine": True})
+
+    row = training_row(run)
+    assert row["losses/nll"] == math.inf
+    assert row["losses/total"] == pytest.approx(row["losses/pair"] + 0.1 * row["losses/kl"])
+
+
 # ------------------------------------------------------------------------------------ guards and -O
 @pytest.mark.parametrize("path", CODE, ids=str)
 def test_r74_no_guard_is_an_assert_statement(path):
