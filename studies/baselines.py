@@ -1,23 +1,38 @@
-r"""Baselines of the papers that no method's script computes: DPO, SimPO and reverse KL. They are
-for comparisons, not for use.
+r"""Baselines of the papers that no method's script computes, and two losses that learn as much from
+the same models: distillation with the student's own samples. They are for comparisons, not for use.
 
-π_θ is the student, π_ref the initial student, π_T the teacher, and (x, y_w, y_l) a preference pair:
-a prompt, its chosen and its rejected response.
+π_θ is the student, π_ref the initial student, π_T the teacher, (x, y_w, y_l) a preference pair, a
+prompt with its chosen and its rejected response, and s_t = (x, y_<t).
 
-    --loss dpo         L = −log σ( β log[π_θ(y_w|x)/π_ref(y_w|x)] − β log[π_θ(y_l|x)/π_ref(y_l|x)] )
-                       (Rafailov et al., NeurIPS 2023, arXiv 2305.18290, equation 7)
-    --loss simpo       L = −log σ( (β/|y_w|) log π_θ(y_w|x) − (β/|y_l|) log π_θ(y_l|x) − γ )
-                       (Meng et al., NeurIPS 2024, arXiv 2405.14734, equation 6)
-    --loss reverse_kl  L = (1/|y|) Σ_t KL( π_θ(·|s_t) ‖ π_T(·|s_t) ), s_t = (x, y_<t)
-                       (the core of MiniLLM, Gu et al., ICLR 2024, arXiv 2306.08543, equation 1)
+    --loss dpo          L = −log σ( β log[π_θ(y_w|x)/π_ref(y_w|x)]
+                        − β log[π_θ(y_l|x)/π_ref(y_l|x)] )
+                        (Rafailov et al., NeurIPS 2023, arXiv 2305.18290, equation 7)
+    --loss simpo        L = −log σ( (β/|y_w|) log π_θ(y_w|x) − (β/|y_l|) log π_θ(y_l|x) − γ )
+                        (Meng et al., NeurIPS 2024, arXiv 2405.14734, equation 6)
+    --loss kd           L = (1/|y_w|) Σ_t KL( π_T(·|s_t) ‖ π_θ(·|s_t) ) on the data's y_w
+                        (word-level distillation; Kim and Rush, EMNLP 2016, arXiv 1606.07947)
 
-In the last one y is a response that π_θ samples in this very step. The KL of a state is exact, a
-sum over the vocabulary. No gradient goes through the sampling of y, as in on-policy distillation
-(GKD, Agarwal et al., ICLR 2024, arXiv 2306.13649, algorithm 1 with λ = 1). Left out is what MiniLLM
-adds: the long-range part of the gradient, with its clipping and mixed sampling, and a
-language-model term.
+In the other three y is a response that π_θ samples in this very step.
 
-Stages: (1) training; (2) evaluation. DPO and SimPO use the teacher only in the evaluation.
+    --loss reverse_kl   L = (1/|y|) Σ_t KL( π_θ(·|s_t) ‖ π_T(·|s_t) )
+                        (on-policy distillation; the core of MiniLLM, Gu et al., ICLR 2024, arXiv
+                        2306.08543, equation 1)
+    --loss gkd          L = (1/|y|) Σ_t JSD_b( π_T(·|s_t) ‖ π_θ(·|s_t) ),
+                        JSD_b(P ‖ Q) = b KL(P ‖ M) + (1 − b) KL(Q ‖ M), M = b P + (1 − b) Q
+                        (GKD, Agarwal et al., ICLR 2024, arXiv 2306.13649, equation 1 and algorithm
+                        1 with λ = 1)
+    --loss aligndistil  L = (1/|y|) Σ_t KL( π_θ(·|s_t) ‖ π*(·|s_t) ),
+                        π* = softmax( z_T + α (z_T − z_R) ), z the logits of π_T and --teacher_ref
+                        (the core of AlignDistil, Zhang et al., ACL 2025, arXiv 2503.02832)
+
+The divergence of a state is exact, a sum over the vocabulary. No gradient goes through the sampling
+of y. Left out is what MiniLLM adds: the long-range part of the gradient, with its clipping and
+mixed sampling, and a language-model term. Of AlignDistil the contrast with a reversed DPO model is
+left out, and an α of every token's own: α is one number here. It learns from what adpa.py learns
+from, and stays close to a distribution where ADPA's expectation has no bound.
+
+Stages: (1) training; (2) evaluation. DPO and SimPO use the teacher only in the evaluation, and only
+AlignDistil uses --teacher_ref.
 
     python -m studies.baselines --loss dpo          # the playground: a CPU, less than a minute
     python -m studies.baselines --loss dpo --student allenai/OLMo-2-0425-1B-SFT \
@@ -114,24 +129,89 @@ def reverse_kl(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor)
     return (student_log_probs.exp() * log_ratios).sum(-1)
 
 
+def forward_kl(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor) -> torch.Tensor:
+    """[N]: KL(π_T(·|s) ‖ π_θ(·|s)) = Σ_a π_T(a|s) log [π_T(a|s) / π_θ(a|s)], from [N, V] twice.
+
+    Example: π_T = (3/4, 1/4) and π_θ = (1/2, 1/2) give ¾ log 1.5 + ¼ log 0.5 = 0.131.
+    """
+    return reverse_kl(teacher_log_probs, student_log_probs)
+
+
+def generalised_jsd(
+    student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor, weight: float
+) -> torch.Tensor:
+    """[N]: b KL(π_T ‖ M) + (1 − b) KL(π_θ ‖ M), M = b π_T + (1 − b) π_θ, from [N, V] twice and the
+    weight b between 0 and 1.
+
+    Example: π_T = (3/4, 1/4), π_θ = (1/4, 3/4) and b = ½ give M = (½, ½) and ¾ log 1.5 + ¼ log 0.5
+    = 0.131.
+    """
+    # The gradient of logaddexp at two excluded tokens, with log-probs of −∞, would be NaN.
+    teacher_log_probs = teacher_log_probs.clamp(min=-1e4)
+    student_log_probs = student_log_probs.clamp(min=-1e4)
+    mixture_log_probs = torch.logaddexp(
+        teacher_log_probs + math.log(weight), student_log_probs + math.log(1 - weight)
+    )
+    teacher_kl = reverse_kl(teacher_log_probs, mixture_log_probs)
+    student_kl = reverse_kl(student_log_probs, mixture_log_probs)
+    return weight * teacher_kl + (1 - weight) * student_kl
+
+
+def extrapolated_log_probs(
+    teacher_log_probs: torch.Tensor, reference_log_probs: torch.Tensor, alpha: float
+) -> torch.Tensor:
+    """[N, V]: log softmax( z_T + α (z_T − z_R) ), from the log-probs of the teacher and of what it
+    was aligned from. Their logits z would give the same.
+
+    A token that the teacher excludes, with a logit of −∞, stays excluded. Where the reference
+    excludes one, the teacher's own log-prob is taken.
+
+    Example: π_T = (.6, .4), π_R = (.4, .6) and α = 1 give .6²/.4 : .4²/.6 = .9 : .267, so (.771,
+    .229).
+    """
+    log_ratios = teacher_log_probs - reference_log_probs
+    excluded = teacher_log_probs.isneginf() | reference_log_probs.isneginf()
+    log_ratios = log_ratios.masked_fill(excluded, 0.0)
+    return (teacher_log_probs + alpha * log_ratios).log_softmax(-1)
+
+
 # What suits a loss on the playground, from seeds 101 to 103.
 DEFAULTS = {
     "dpo": {"learning_rate": 1e-3, "beta": 1.0},
     "simpo": {"learning_rate": 1e-4, "beta": 2.0},
+    "kd": {"learning_rate": 3e-3},
     "reverse_kl": {"learning_rate": 3e-3},
+    "gkd": {"learning_rate": 3e-3},
+    "aligndistil": {"learning_rate": 3e-3},
+}
+# The columns of the data that a loss learns from. Where there is none, the student samples y.
+COLUMNS = {
+    "dpo": ["chosen", "rejected"],
+    "simpo": ["chosen", "rejected"],
+    "kd": ["chosen"],
+    "reverse_kl": [],
+    "gkd": [],
+    "aligndistil": [],
 }
 
 
 # -------------------------------------------------------------------------------------------- flags
 @dataclass
 class Method:
-    loss: Literal["dpo", "simpo", "reverse_kl"] = "dpo"
+    loss: Literal["dpo", "simpo", "kd", "reverse_kl", "gkd", "aligndistil"] = "dpo"
     """which baseline is trained"""
     beta: float = 0.0
     """β of DPO and SimPO; 0 takes what was tuned for --loss on the toy task (DEFAULTS; papers: DPO
     0.1, SimPO 2.0 to 2.5)"""
     simpo_gamma: float = 1.0
     """γ, the margin that SimPO asks for (paper: 0.3 to 1.6)"""
+    jsd_weight: float = 0.5
+    """b, share of the teacher in GKD's mixture, between 0 and 1 (paper: 0.1, 0.5 and 0.9)"""
+    alpha: float = 1.0
+    """α, how far AlignDistil goes beyond its teacher (tuned for the toy task; the paper finds an α
+    for every token)"""
+    teacher_ref: str = "playground/teacher_ref"
+    """model that the teacher was aligned from, for AlignDistil"""
 
 
 @dataclass
@@ -269,32 +349,43 @@ def simpo_terms(
     return {"simpo": simpo_loss(mean_logps, args.beta, args.simpo_gamma)}
 
 
-def reverse_kl_terms(
-    examples: list[Example], student: LM, teacher: LM, vocab_size: int, args: Args
+def distillation_terms(
+    examples: list[Example], student: LM, teachers: list[LM], vocab_size: int, args: Args
 ) -> dict[str, torch.Tensor]:
-    """The reverse KL's L as its only term, [B]. An example's response is y."""
-    batch = pack(examples, student, teacher)
-    student_hidden = student.hidden_states(batch)[batch.predict_index]  # [N, H]
-    teacher_hidden = teacher.hidden_states(batch)[batch.predict_index]  # [N, H]
+    """A divergence from the teacher as the only term of L, [B]. An example's response is y, or y_w
+    for --loss kd. `teachers` are the teacher and, for AlignDistil, its reference."""
+    batch = pack(examples, student, *teachers)
+    hidden = []  # [N, H] of every model
+    for lm in [student, *teachers]:
+        hidden.append(lm.hidden_states(batch)[batch.predict_index])
 
-    def kl_of_states(_, student_log_probs, teacher_log_probs):
+    def divergence_of_states(_, student_log_probs, teacher_log_probs, reference_log_probs=None):
+        if args.loss == "kd":
+            return forward_kl(student_log_probs, teacher_log_probs)  # [N]
+        if args.loss == "gkd":
+            return generalised_jsd(student_log_probs, teacher_log_probs, args.jsd_weight)  # [N]
+        if args.loss == "aligndistil":
+            teacher_log_probs = extrapolated_log_probs(
+                teacher_log_probs, reference_log_probs, args.alpha
+            )  # [N, V]
         return reverse_kl(student_log_probs, teacher_log_probs)  # [N]
 
-    kl = per_token(
-        kl_of_states,
+    divergence = per_token(
+        divergence_of_states,
         batch.target_ids,
-        [student, teacher],
-        [student_hidden, teacher_hidden],
+        [student, *teachers],
+        hidden,
         vocab_size=vocab_size,
         chunk_size=args.logits_chunk,
     )
-    # (1/|y|) Σ_t KL( π_θ(·|s_t) ‖ π_T(·|s_t) )
-    return {"reverse_kl": mean_per_response(kl, batch)}
+    # (1/|y|) Σ_t of it
+    return {args.loss: mean_per_response(divergence, batch)}
 
 
 # --------------------------------------------------------------- models, sampling and evaluation
 def load_models(args: Args, device: torch.device) -> tuple[LM, LM, LM | None]:
-    """The student, the teacher, and for DPO the reference, which is the initial student."""
+    """The student, the teacher, and a reference: for DPO the initial student, for AlignDistil what
+    the teacher was aligned from."""
     student = LM(
         args.student,
         device,
@@ -303,10 +394,20 @@ def load_models(args: Args, device: torch.device) -> tuple[LM, LM, LM | None]:
         trust_remote_code=args.trust_remote_code,
     )
     teacher = LM(args.teacher, device, trust_remote_code=args.trust_remote_code)
-    if args.loss != "dpo":
+    paths = {"dpo": args.student, "aligndistil": args.teacher_ref}
+    if args.loss not in paths:
         return student, teacher, None
-    reference = LM(args.student, device, trust_remote_code=args.trust_remote_code)
+    reference = LM(paths[args.loss], device, trust_remote_code=args.trust_remote_code)
     return student, teacher, reference
+
+
+def distilled_models(teacher: LM, reference: LM | None, loss: str) -> list[LM]:
+    """The models whose next-token distributions a loss compares with the student's."""
+    if loss in ("dpo", "simpo"):
+        return []
+    if loss == "aligndistil":
+        return [teacher, reference]
+    return [teacher]
 
 
 def respond(rows: list[dict], seed: int, lm: LM, temperature: float, args: Args) -> list[dict]:
@@ -343,7 +444,9 @@ def evaluate(rows: list[dict], seed: int, lm: LM, reward_fn, args: Args) -> list
 def main(args: Args):
     started = time.time()
     args, run_dir = open_run(args, __file__)
-    check_flags(args, at_least_0=["beta", "simpo_gamma"])
+    check_flags(args, at_least_0=["beta", "simpo_gamma", "alpha"])
+    if not 0 < args.jsd_weight < 1:
+        stop(f"--jsd_weight {args.jsd_weight} must lie between 0 and 1")
     for name, value in DEFAULTS[args.loss].items():
         if getattr(args, name) == 0:
             setattr(args, name, value)
@@ -352,10 +455,10 @@ def main(args: Args):
     device = choose_device(args.device)
     student, teacher, reference = load_models(args, device)
     vocab_size = student.vocab_size
-    if args.loss == "reverse_kl":
-        vocab_size = shared_vocab_size(student, teacher)
-    # Reverse KL learns from responses of the student, so it reads nothing of the data but prompts.
-    columns = [] if args.loss == "reverse_kl" else ["chosen", "rejected"]
+    teachers = distilled_models(teacher, reference, args.loss)
+    for lm in teachers:
+        vocab_size = min(vocab_size, shared_vocab_size(student, lm))
+    columns = COLUMNS[args.loss]
     train_rows = read_rows(args.data, args.data_split, columns=columns, config=args.data_config)
     eval_rows = read_rows(args.eval_data, args.eval_split, columns=(), config=args.eval_config)
     reward_fn = load_reward_function(
@@ -401,7 +504,7 @@ def main(args: Args):
     for step in range(first_step, total_steps):
         step_started = time.time()
         step_batch = step_examples(examples, step, args.batch_size, args.seed)
-        if args.loss == "reverse_kl":
+        if not columns:
             step_batch = sample_responses(step_batch, args.seed + step, student, args)
         losses = {"total": 0.0}
         for start in range(0, len(step_batch), args.micro_batch_size):
@@ -411,7 +514,7 @@ def main(args: Args):
             elif args.loss == "simpo":
                 terms = simpo_terms(micro_batch, student, vocab_size, args)
             else:
-                terms = reverse_kl_terms(micro_batch, student, teacher, vocab_size, args)
+                terms = distillation_terms(micro_batch, student, teachers, vocab_size, args)
             # Divided by the examples of the whole step, so that the micro-batch size changes
             # memory and nothing else.
             loss = terms[args.loss].sum() / len(step_batch)

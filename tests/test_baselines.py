@@ -13,10 +13,25 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from common import LM, Example, encode_rows, read_rows
-from studies.baselines import DEFAULTS, dpo_loss, reverse_kl, simpo_loss
+from studies.baselines import (
+    COLUMNS,
+    DEFAULTS,
+    dpo_loss,
+    extrapolated_log_probs,
+    forward_kl,
+    generalised_jsd,
+    reverse_kl,
+    simpo_loss,
+)
 
-LOSSES = ["dpo", "simpo", "reverse_kl"]
+LOSSES = list(DEFAULTS)
 every_loss = pytest.mark.parametrize("loss", LOSSES)
+
+
+@pytest.fixture
+def reference(checkpoints) -> dict[str, str]:
+    """The flag for AlignDistil's reference, which must have the tokenizer of the tests."""
+    return {"teacher_ref": checkpoints["teacher_ref"]}
 
 
 def random_log_probs(n=5, vocab=13, seed=0, scale=3.0) -> torch.Tensor:
@@ -104,15 +119,92 @@ def test_r10_excluded_tokens_give_no_nan():
     assert logits.grad.isfinite().all()
 
 
+def two_tokens(*probabilities: float) -> torch.Tensor:
+    return torch.tensor([probabilities], dtype=torch.float64).log()
+
+
+def test_the_divergences_of_two_tokens_by_hand():
+    teacher = two_tokens(0.75, 0.25)
+    student = two_tokens(0.25, 0.75)
+    half = two_tokens(0.5, 0.5)
+    kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert forward_kl(half, teacher).item() == pytest.approx(kl)
+    assert forward_kl(teacher, half).item() == pytest.approx(0.143841, abs=1e-6)
+    # The mixture is (½, ½), from which both are as far away.
+    assert generalised_jsd(student, teacher, 0.5).item() == pytest.approx(kl)
+    # b = 0.9 makes M = (.7, .3): 0.9 KL(π_T ‖ M) + 0.1 KL(π_θ ‖ M)
+    from_teacher = 0.75 * math.log(0.75 / 0.7) + 0.25 * math.log(0.25 / 0.3)
+    from_student = 0.25 * math.log(0.25 / 0.7) + 0.75 * math.log(0.75 / 0.3)
+    expected = 0.9 * from_teacher + 0.1 * from_student
+    assert generalised_jsd(student, teacher, 0.9).item() == pytest.approx(expected)
+    # The share is the teacher's: with the two models exchanged the value is another.
+    assert generalised_jsd(teacher, student, 0.9).item() == pytest.approx(expected)
+    other = generalised_jsd(two_tokens(0.1, 0.9), two_tokens(0.5, 0.5), 0.9).item()
+    mixture = [0.9 * 0.5 + 0.1 * 0.1, 0.9 * 0.5 + 0.1 * 0.9]
+    from_teacher = 0.5 * math.log(0.5 / mixture[0]) + 0.5 * math.log(0.5 / mixture[1])
+    from_student = 0.1 * math.log(0.1 / mixture[0]) + 0.9 * math.log(0.9 / mixture[1])
+    assert other == pytest.approx(0.9 * from_teacher + 0.1 * from_student)
+
+
+def test_a_teacher_is_extrapolated_by_hand():
+    teacher = two_tokens(0.6, 0.4)
+    reference = two_tokens(0.4, 0.6)
+    # .6²/.4 = .9 and .4²/.6 = .2667 in one step, .6³/.4² = 1.35 and .4³/.6² = .1778 in two
+    [probs] = extrapolated_log_probs(teacher, reference, 1.0).exp().tolist()
+    assert probs == pytest.approx([0.9 / (0.9 + 4 / 15), 4 / 15 / (0.9 + 4 / 15)])
+    assert probs == pytest.approx([0.771, 0.229], abs=1e-3)
+    [probs] = extrapolated_log_probs(teacher, reference, 2.0).exp().tolist()
+    assert probs == pytest.approx([1.35 / (1.35 + 8 / 45), 8 / 45 / (1.35 + 8 / 45)])
+    assert torch.equal(extrapolated_log_probs(teacher, reference, 0.0), teacher)
+    # An equal reference changes nothing. With logits in place of log-probs it is the same.
+    assert torch.allclose(extrapolated_log_probs(teacher, teacher, 3.0), teacher)
+    shifted = extrapolated_log_probs(teacher + 2.0, reference - 5.0, 1.5)
+    assert torch.allclose(shifted, extrapolated_log_probs(teacher, reference, 1.5))
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.5, 0.9])
+def test_the_jsd_equals_a_slow_loop(weight):
+    student = random_log_probs(seed=5)
+    teacher = random_log_probs(seed=6)
+    slow = []
+    for student_row, teacher_row in zip(student.tolist(), teacher.tolist()):
+        total = 0.0
+        for log_q, log_p in zip(student_row, teacher_row):
+            mixture = weight * math.exp(log_p) + (1 - weight) * math.exp(log_q)
+            total += weight * math.exp(log_p) * (log_p - math.log(mixture))
+            total += (1 - weight) * math.exp(log_q) * (log_q - math.log(mixture))
+        slow.append(total)
+    assert generalised_jsd(student, teacher, weight).tolist() == pytest.approx(slow, abs=1e-12)
+    assert not generalised_jsd(student, student, weight).abs().gt(1e-14).any()
+
+
+def test_r10_excluded_tokens_give_no_nan_in_any_divergence():
+    inf = math.inf
+    logits = torch.tensor([[1.0, -inf, 0.5, -inf, 0.2]], requires_grad=True)
+    teacher = torch.tensor([[0.3, 0.5, 0.5, -inf, 0.7]]).log_softmax(-1)
+    reference = torch.tensor([[0.1, -inf, 0.9, -inf, 0.2]]).log_softmax(-1)
+    extrapolated = extrapolated_log_probs(teacher, reference, 1.0)
+    assert extrapolated.isneginf().tolist() == [[False, False, False, True, False]]
+    assert extrapolated.exp().sum().item() == pytest.approx(1)
+    for other in (teacher, extrapolated):
+        for value in (
+            generalised_jsd(logits.log_softmax(-1), other, 0.5),
+            reverse_kl(logits.log_softmax(-1), other),
+        ):
+            logits.grad = None
+            value.sum().backward()
+            assert value.isfinite().all() and logits.grad.isfinite().all()
+
+
 # ------------------------------------------------------------------------- one step of the script
 LIMITS = SimpleNamespace(max_prompt_tokens=512, max_response_tokens=40)
 
 
 def examples_of_the_step(loss: str, lm: LM, pairs) -> list[Example]:
-    """What the only step of a run learns from: the pairs, or one new response to every prompt."""
-    columns = [] if loss == "reverse_kl" else ["chosen", "rejected"]
+    """What the only step of a run learns from: the data, or one new response to every prompt."""
+    columns = COLUMNS[loss]
     examples = encode_rows(lm, read_rows(str(pairs), "train", columns), columns, LIMITS, "test")
-    if loss != "reverse_kl":
+    if columns:
         return examples
     # The responses depend on the order in which the prompts are drawn.
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(1)).tolist()
@@ -140,25 +232,41 @@ def plain_logp(model, prompt: list[int], response: list[int], vocab_size: int) -
     return total
 
 
+def slow_divergence(loss: str, log_q, log_p, log_r) -> torch.Tensor:
+    """Σ_t of a response's divergence, from the log-probs [|y|, V] of student, teacher and its
+    reference, written out another way than in the script."""
+    q, p = log_q.exp(), log_p.exp()
+    if loss == "kd":
+        return (p * (log_p - log_q)).sum()
+    if loss == "gkd":
+        mixture = 0.9 * p + 0.1 * q
+        return (0.9 * p * (p / mixture).log() + 0.1 * q * (q / mixture).log()).sum()
+    if loss == "aligndistil":
+        weights = p**1.5 / log_r.exp() ** 0.5  # α = 0.5
+        log_p = (weights / weights.sum(-1, keepdim=True)).log()
+    return (q * (log_q - log_p)).sum()
+
+
 def slow_step(loss: str, checkpoints, pairs, beta: float, gamma: float):
     """The loss over all examples of a step and its gradient, in float64: one plain forward pass
     after the other."""
     lm = LM(checkpoints["student"], torch.device("cpu"))
     examples = examples_of_the_step(loss, lm, pairs)
-    student, teacher, reference = [
+    student, teacher, teacher_ref, reference = [
         AutoModelForCausalLM.from_pretrained(checkpoints[name], dtype=torch.float64)
-        for name in ("student", "teacher", "student")
+        for name in ("student", "teacher", "teacher_ref", "student")
     ]
     # Samples of a random model hold every token, and transformers gives padding no gradient.
     student.get_input_embeddings().padding_idx = None
     total = 0.0
     for example in examples:
         prompt = example.prompt_ids
-        if loss == "reverse_kl":
+        if loss not in ("dpo", "simpo"):
             [response] = example.response_ids
             log_q = plain_log_probs(student, prompt, response, lm.vocab_size)
             log_p = plain_log_probs(teacher, prompt, response, lm.vocab_size).detach()
-            total += (log_q.exp() * (log_q - log_p)).sum() / len(response)
+            log_r = plain_log_probs(teacher_ref, prompt, response, lm.vocab_size).detach()
+            total += slow_divergence(loss, log_q, log_p, log_r) / len(response)
             continue
         rewards = []
         for response in example.response_ids:
@@ -176,13 +284,23 @@ def slow_step(loss: str, checkpoints, pairs, beta: float, gamma: float):
     return total.item(), torch.autograd.grad(total, list(student.parameters()))
 
 
-@pytest.mark.parametrize(
-    "loss, beta, gamma", [("dpo", 0.5, 0), ("simpo", 2.0, 1.3), ("reverse_kl", 1.0, 0)]
-)
+STEPS = [("dpo", 0.5, 0), ("simpo", 2.0, 1.3)]
+STEPS += [(loss, 1.0, 0) for loss in ("kd", "reverse_kl", "gkd", "aligndistil")]
+
+
+@pytest.mark.parametrize("loss, beta, gamma", STEPS)
 def test_r04_a_step_equals_a_slow_loop_over_plain_forward_passes(
     loss, beta, gamma, checkpoints, pairs, run_tiny
 ):
-    run = run_tiny("studies/baselines", loss=loss, beta=beta, simpo_gamma=gamma)
+    run = run_tiny(
+        "studies/baselines",
+        loss=loss,
+        beta=beta,
+        simpo_gamma=gamma,
+        jsd_weight=0.9,
+        alpha=0.5,
+        teacher_ref=checkpoints["teacher_ref"],
+    )
     expected, gradient = slow_step(loss, checkpoints, pairs, beta, gamma)
     [row] = training_rows(run)
     assert row["losses/total"] == pytest.approx(expected, rel=2e-4)
@@ -190,6 +308,13 @@ def test_r04_a_step_equals_a_slow_loop_over_plain_forward_passes(
         assert row["losses/total"] == pytest.approx(math.log(2), abs=1e-6)
     for measured, slow in zip(first_gradient(run), gradient, strict=True):
         torch.testing.assert_close(measured.double(), slow, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("weight", [0, 1, 1.5])
+def test_a_jsd_without_both_models_is_refused(weight, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert run_script("studies/baselines", loss="gkd", jsd_weight=weight, output_dir=run) == 2
+    assert f"--jsd_weight {float(weight)} must lie between 0 and 1" in capsys.readouterr().err
 
 
 def test_the_reference_of_dpo_is_the_initial_student(run_tiny):
@@ -203,9 +328,9 @@ def test_the_reference_of_dpo_is_the_initial_student(run_tiny):
 
 @pytest.mark.slow
 @every_loss
-def test_r20_the_split_of_a_batch_changes_nothing(loss, run_tiny):
-    whole = run_tiny("studies/baselines", loss=loss, micro_batch_size=8)
-    parts = run_tiny("studies/baselines", loss=loss, micro_batch_size=3)
+def test_r20_the_split_of_a_batch_changes_nothing(loss, run_tiny, reference):
+    whole = run_tiny("studies/baselines", loss=loss, micro_batch_size=8, **reference)
+    parts = run_tiny("studies/baselines", loss=loss, micro_batch_size=3, **reference)
     [one] = training_rows(whole)
     [other] = training_rows(parts)
     assert one["losses/total"] == pytest.approx(other["losses/total"], rel=1e-5)
@@ -214,12 +339,12 @@ def test_r20_the_split_of_a_batch_changes_nothing(loss, run_tiny):
 
 
 @every_loss
-def test_what_is_0_takes_what_suits_the_loss(loss, run_tiny):
-    run = run_tiny("studies/baselines", loss=loss)
+def test_what_is_0_takes_what_suits_the_loss(loss, run_tiny, reference):
+    run = run_tiny("studies/baselines", loss=loss, **reference)
     args = json.loads((run / "args.json").read_text())
     for name, value in DEFAULTS[loss].items():
         assert args[name] == value
-    run = run_tiny("studies/baselines", loss=loss, beta=0.25, learning_rate=0.125)
+    run = run_tiny("studies/baselines", loss=loss, beta=0.25, learning_rate=0.125, **reference)
     args = json.loads((run / "args.json").read_text())
     assert args["beta"] == 0.25 and args["learning_rate"] == 0.125
 
@@ -242,6 +367,7 @@ def test_r36_an_interrupted_run_ends_with_the_same_bits(loss, checkpoints, pairs
     flags = {
         "student": checkpoints["student"],
         "teacher": checkpoints["teacher"],
+        "teacher_ref": checkpoints["teacher_ref"],
         "data": pairs,
         "eval_data": pairs,
         "max_steps": 6,
