@@ -467,7 +467,8 @@ def main(args: Args):
     examples = encode_rows(student, train_rows, columns, args, "training rows")
     held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")
     eval_rows = [example.row for example in held_out[: args.eval_prompts]]
-    begin_run(run_dir, args, [student, teacher], data=examples, eval_data=held_out)
+    models = [student, teacher, reference]
+    begin_run(run_dir, args, models, data=examples, eval_data=held_out)
 
     # ------------------------------------------------------------------------ evaluation at step 0
     # It comes before a checkpoint is read, so that "before" is the untrained student in every run.
