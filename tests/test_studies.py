@@ -173,8 +173,8 @@ def test_a_variant_learns_from_another_loss_than_its_script(name, tmp_path, monk
         assert args[flag] == value
         flags[flag] = value
     assert run_script(variant.script, **flags, output_dir=tmp_path / "own") == 0
-    [released_row] = read_jsonl(tmp_path / "released" / "metrics.jsonl")
-    [own_row] = read_jsonl(tmp_path / "own" / "metrics.jsonl")
+    *_, released_row = read_jsonl(tmp_path / "released" / "metrics.jsonl")
+    *_, own_row = read_jsonl(tmp_path / "own" / "metrics.jsonl")
     assert released_row.keys() == own_row.keys()
     assert released_row["losses/total"] != pytest.approx(own_row["losses/total"], rel=1e-3)
 
