@@ -846,7 +846,7 @@ def read_records(source: str, split: str, config: str, kinds=FILE_KINDS) -> list
     for name in re.findall(r"(?:^|\+)\s*([^\s\[+]+)", split):
         files = [path]
         if path.is_dir() and file_kind(path) != ".parquet":
-            files = folder_files(path, name, config)
+            files = folder_files(path, name, config, kinds)
         records[name] = []
         for file in files:
             for number, record in enumerate(read_file(file, kinds), 1):
@@ -879,14 +879,15 @@ def read_hub(source: str, split: str, config: str) -> list[tuple]:
     return [(source, number, row) for number, row in enumerate(dataset.select_columns(names), 1)]
 
 
-def folder_files(folder: Path, split: str, config: str) -> list[Path]:
-    """The files of a split: those that the README lists, or else by their names, as on the hub."""
+def folder_files(folder: Path, split: str, config: str, kinds: tuple[str, ...]) -> list[Path]:
+    """The files of a split: those that the README lists, or else by their names, as on the hub.
+    What is of none of the kinds, such as a licence, is left out beside files that are."""
     from datasets import load_dataset_builder
     from datasets.data_files import DataFilesDict, get_data_patterns
 
     readme = folder / "README.md"
     try:
-        if config or (readme.exists() and "\nconfigs:" in readme.read_text()):
+        if config or (readme.exists() and "\nconfigs:" in readme.read_text("utf-8")):
             files = load_dataset_builder(str(folder), config or None).config.data_files
         else:
             base_path = glob.escape(folder.resolve().as_posix())  # its name may have brackets
@@ -896,7 +897,14 @@ def folder_files(folder: Path, split: str, config: str) -> list[Path]:
         stop(f"cannot read {folder}: {error}")
     if split not in files:
         stop(f"cannot read {folder}: it has no split {split}, but {', '.join(map(str, files))}")
-    return [Path(file) for file in files[split]]
+    paths = [Path(file) for file in files[split]]
+    others = [path.name for path in paths if file_kind(path) not in kinds]
+    if others and len(others) < len(paths):
+        print(
+            f"note: not read in {folder}: {', '.join(others[:5])} ({len(others)} of {len(paths)})"
+        )
+        paths = [path for path in paths if file_kind(path) in kinds]
+    return paths
 
 
 def file_kind(path: Path) -> str:

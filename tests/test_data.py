@@ -11,7 +11,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import TINY_RUN, one_error_line, run_script, write_jsonl
+from conftest import TINY_RUN, one_error_line, read_jsonl, run_script, write_jsonl
 
 from common import read_rows
 
@@ -446,6 +446,21 @@ def test_r61_shards_are_read_in_order_and_a_bad_row_is_named_with_its_file(tmp_p
     assert f"{tmp_path}/train-00001-of-00003.jsonl, row 2: " in error
 
 
+def test_r61_files_beside_the_data_are_left_out_and_named(tmp_path, capsys):
+    for name in ("LICENSE", "notes.txt", "README.md"):
+        (tmp_path / name).write_text("text")
+    write_jsonl(tmp_path / "mine.jsonl", LINES)
+
+    rows = read_rows(str(tmp_path), "train")
+    printed = capsys.readouterr().out
+    (tmp_path / "mine.jsonl").unlink()
+    error = one_error_line(capsys, read_rows, str(tmp_path), "train")
+
+    assert [said(row) for row in rows] == expected()
+    assert printed == f"note: not read in {tmp_path}: LICENSE, notes.txt (2 of 3)\n"
+    assert "what is needed is a file of the kinds" in error
+
+
 BROKEN = {  # a file that exists, what is in it, and what is said of it
     "rows.txt": (b"a\nb\n", "what is needed is a file of the kinds .jsonl, .json, .csv, .parquet"),
     "rows.txt.gz": (gzip.compress(b"a\n"), "what is needed is a file of the kinds"),
@@ -638,6 +653,34 @@ NEEDS = {
     "pad": [],
     "rm_distiller": ["chosen", "rejected"],
 }
+
+
+@pytest.mark.parametrize("script", ["adpa", "dpkd", "pad"])
+def test_r62_a_script_runs_on_the_columns_that_it_needs_alone(
+    script, checkpoints, pairs, run_tiny, tmp_path
+):
+    """The rows of `pairs` without what the script does not use give the same training."""
+    flags = {}
+    if script == "adpa":
+        flags["teacher_ref"] = checkpoints["teacher_ref"]
+    if script == "pad":
+        flags = {"num_answers": 2, "alpha": 1}
+    rows = []
+    for row in read_jsonl(pairs):
+        prompt = row["prompt"]
+        if isinstance(prompt, str):
+            prompt = [turn("user", prompt)]
+        conversation = [*prompt, turn("assistant", row["chosen"])]
+        rows.append({"chosen" if script == "adpa" else "messages": conversation})
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+
+    whole = run_tiny(script, **flags)
+    part = run_tiny(script, **flags, data=path, eval_data=path)
+
+    [expected_row] = [row for row in read_jsonl(whole / "metrics.jsonl") if row["step"] == 1]
+    [row] = [row for row in read_jsonl(part / "metrics.jsonl") if row["step"] == 1]
+    assert row["losses/total"] == expected_row["losses/total"]
+    assert row["eval/reward"] == expected_row["eval/reward"]
 
 
 @pytest.mark.parametrize("script", NEEDS)

@@ -1,6 +1,7 @@
 """dpkd.py: its loss against float64 loops, a step of the script against plain forward passes, when
 it samples, interrupted runs, its corpus, and the collapse on old responses of the student."""
 
+import gzip
 import math
 import random
 from itertools import pairwise
@@ -586,7 +587,7 @@ def test_a_corpus_is_cut_into_pieces_and_nothing_is_lost(adds_bos, tmp_path):
     assert all_ids(pieces) == bos + long + end + bos + short + end + talk
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".txt"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".txt", ".TXT.gz"])
 def test_all_files_of_a_corpus_read_the_same(load, tmp_path, suffix):
     from datasets import Dataset
 
@@ -596,6 +597,8 @@ def test_all_files_of_a_corpus_read_the_same(load, tmp_path, suffix):
         Dataset.from_dict({"text": texts}).to_parquet(path)
     elif suffix == ".txt":
         path.write_text("\n".join(texts))
+    elif suffix == ".TXT.gz":  # as Windows writes it
+        path.write_bytes(gzip.compress("\r\n".join(texts).encode("utf-8-sig")))
     else:
         write_jsonl(path, [{"text": text} for text in texts])
     lm = load("student")
@@ -616,6 +619,7 @@ CORPORA = {
     "no such text file": ("/no/corpus.txt", None),
     "another column": ("corpus.jsonl", '{"prompt": "x"}\n'),
     "no text": ("corpus.jsonl", '{"text": null}\n'),
+    "no kind of file": ("corpus.doc", "text"),
     "a number": ("corpus.jsonl", '{"text": 5}\n'),
     "no row": ("corpus.jsonl", "[5]"),
     "nothing in it": ("corpus.jsonl", ""),

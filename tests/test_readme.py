@@ -214,12 +214,17 @@ def test_pytest_leaves_out_the_slow_tests_and_the_readme_says_so():
 def test_the_rows_of_the_readme_read_the_same(tmp_path):
     [block] = fenced(README, "json")
     path = tmp_path / "row.jsonl"
-    read = []
+    prompts = []
+    pairs = []
     for line in block.splitlines():
         path.write_text(line)
-        [row] = read_rows(str(path), "train")
-        read.append((row["prompt"], row["chosen"].partition(".")[0], row["rejected"]))
-    assert len(read) == 3 and read[0] == read[1] == read[2]
+        [row] = read_rows(str(path), "train", ())
+        prompts.append(row["prompt"])
+        if "chosen" in row:
+            [row] = read_rows(str(path), "train")
+            pairs.append((row["chosen"].partition(".")[0], row["rejected"]))
+    assert prompts == [[{"role": "user", "content": "Name two fish."}]] * 6
+    assert pairs == [("cod and carp", "whale.")] * 3
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
