@@ -443,9 +443,10 @@ def shared_flags(path: str) -> dict[str, str]:
     return dict(re.findall(r'^    (\w+): (.*?""")$', text[start:end], re.M | re.S))
 
 
-def test_flags_that_it_shares_with_the_scripts_have_not_drifted():
+@pytest.mark.parametrize("script", ["studies/baselines.py", "studies/rloo.py"])
+def test_flags_that_it_shares_with_the_scripts_have_not_drifted(script):
     expected = shared_flags("adpa.py")
-    flags = shared_flags("studies/baselines.py")
+    flags = shared_flags(script)
     assert len(flags) > 25 and list(flags) == list(expected)
     for name, entry in flags.items():
         if name != "learning_rate":
