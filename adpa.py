@@ -59,6 +59,7 @@ from common import (
     begin_run,
     cached_map,
     check_flags,
+    check_not_empty,
     choose_device,
     compare_rewards,
     encode_rows,
@@ -385,6 +386,7 @@ def main(args: Args):
             args.sample_batch_size,
             args.seed,
         )
+        check_not_empty(answers, writer, f"the {args.states}'s answers")
         for row, answer in zip(train_rows, answers):
             row[args.states] = answer
     # ŷ stands in a column that is named after --states. A sample has its token ids with it.

@@ -1140,6 +1140,24 @@ def encode_rows(
     return kept
 
 
+def check_not_empty(rows: list[dict], lm: LM, label: str):
+    """Ends the program if a model answered every prompt with nothing, and says of how many it did.
+
+    The rows have the prompts and the samples. An empty answer that is finished still has its
+    end-of-sequence token, from which a student would learn to be silent.
+    """
+    empty = [row for row in rows if not row["text"].strip()]
+    if rows and len(empty) == len(rows):
+        shown = repr(prompt_text(rows[0]["prompt"])[:80])
+        stop(
+            f"{label}: all {len(rows)} are empty, as that to {shown}: {lm.path} writes nothing but "
+            "the end of its response; it may need another chat template, or is no model to "
+            f"learn from: try python -m playground.chat {lm.path}"
+        )
+    if empty:
+        print(f"note: {label}: {len(empty)} of {len(rows)} are empty")
+
+
 def reason_to_drop(example: Example, columns, args) -> str:
     """Why a row is not learned from, or ""."""
     texts = ["".join(message["content"] for message in example.row["prompt"])]

@@ -60,6 +60,7 @@ from common import (
     begin_run,
     cached_map,
     check_flags,
+    check_not_empty,
     choose_device,
     compare_rewards,
     encode_rows,
@@ -513,6 +514,7 @@ def main(args: Args):
         args.sample_batch_size,
         args.seed,
     )
+    check_not_empty(answers, teacher, "the teacher's answers")
     # `cached_map` returns the rows with what `respond` made of them.
     for answer in answers:
         answer["y_t"] = dict(answer)

@@ -421,6 +421,16 @@ def question_pairs(n: int, swap_order: bool) -> list[tuple[int, int]]:
     return list(itertools.combinations(range(n), 2))
 
 
+def judge_question(row: dict, a: int, b: int) -> list[dict]:
+    """The chat that asks which of two answers of a row is better."""
+    question = JUDGE_PROMPT.format(
+        prompt=prompt_text(row["prompt"]),
+        a=row["answers"][a]["text"],
+        b=row["answers"][b]["text"],
+    )
+    return [{"role": "user", "content": question}]
+
+
 def ask_teacher(
     rows: list[dict], pairs: list[tuple[int, int]], teacher: LM
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -429,12 +439,7 @@ def ask_teacher(
     questions = []
     for row in rows:
         for a, b in pairs:
-            question = JUDGE_PROMPT.format(
-                prompt=prompt_text(row["prompt"]),
-                a=row["answers"][a]["text"],
-                b=row["answers"][b]["text"],
-            )
-            ids = teacher.prompt_ids([{"role": "user", "content": question}])
+            ids = teacher.prompt_ids(judge_question(row, a, b))
             # `pack` wants a response, so the question's last token is one. At its position
             # (`last_index`) the model predicts the first token of its reply.
             questions.append(Example({}, ids[:-1], [ids[-1:]]))
@@ -536,7 +541,10 @@ def make_round(
             args.seed + number * len(rows),
         )
         add_scores = partial(judge_answers, teacher=teacher, args=args)
-    answered = [row for row in answered if len(row.get("answers") or []) == n]
+    sampled = answered
+    answered = [row for row in sampled if len(row.get("answers") or []) == n]
+    if not answered:
+        stop(why_no_prompt_has_answers(sampled, n, args))
     # n answers are in n (n − 1) / 2 questions, which repeat the prompt. With an n-th of the prompts
     # a batch of the teacher is about as large as a micro-batch of training.
     scored = cached_map(
@@ -559,12 +567,60 @@ def make_round(
         f"round {number}: {n} answers differ for {len(scored)} of {len(rows)} prompts, "
         f"{len(kept)} kept; judge: {judge}"
     )
+    if not kept:
+        stop(why_the_filter_keeps_nothing(scored, teacher, args))
     # `encode_rows` reads columns of a row, so every answer gets one. It drops rows with an answer
     # that is too long.
     columns = [f"answer {i}" for i in range(n)]
     kept = [{**row, **dict(zip(columns, row["answers"]))} for row in kept]
     examples = encode_rows(student, kept, columns, args, f"examples of round {number}", encoded)
     return examples, charts
+
+
+def why_no_prompt_has_answers(rows: list[dict], n: int, args: Args) -> str:
+    """What to say where no prompt has n different answers."""
+    counts = [len(row.get("answers") or []) for row in rows]
+    first = rows[0].get("answers") or ["nothing"]
+    text = first[0] if isinstance(first[0], str) else first[0]["text"]
+    advice = "a higher --sample_temperature, more --num_samples or fewer --num_answers"
+    if args.scores:
+        advice = "another --scores, or --num_answers as it was for that file"
+    return (
+        f"no prompt is left: none of {len(rows)} has {n} different answers (the most are "
+        f"{max(counts)}); to {short(prompt_text(rows[0]['prompt']))} there is {short(text)}; "
+        f"take {advice}"
+    )
+
+
+def why_the_filter_keeps_nothing(rows: list[dict], teacher: LM, args: Args) -> str:
+    """What to say where the judge lets no answer win: the mass on A and B, and what it replies."""
+    charts = judge_charts(rows)
+    mass = charts["charts/judge_mass"]
+    share_of_a = charts["charts/judge_p_a"] / max(mass, 1e-9)
+    said = ""
+    scores = f"--scores {args.scores}"
+    if not args.scores:
+        chat = judge_question(rows[0], 0, 1)
+        [[reply]] = teacher.sample(
+            [teacher.prompt_ids(chat)],
+            temperature=0.0,
+            max_new_tokens=16,
+            batch_size=1,
+            seed=args.seed,
+        )
+        said = f"; asked for A, B or None it replies {short(reply['text'])}"
+        scores = f"--scores {args.output_dir}/scores_1.jsonl"
+    return (
+        f"no prompt is left: in none of {len(rows)} does an answer win more than half of its "
+        f"questions and another one not; p(A) + p(B) is {mass:.2f} on average, of which A has "
+        f"{share_of_a:.0%}{said}; take a larger --teacher, or --alpha 1, which asks no judge and "
+        f"goes on with {scores} (and where one letter has almost all, --swap_order)"
+    )
+
+
+def short(text: str) -> str:
+    """A text as it stands in an error: in quotation marks and not longer than a line."""
+    return repr(text if len(text) <= 60 else text[:60] + "…")
 
 
 def passes_filter(row: dict, alpha: float) -> bool:

@@ -27,7 +27,7 @@ docs/rm_distiller.md lists all departures.
     python rm_distiller.py                          # the playground: a CPU, about a minute
     python rm_distiller.py --student Qwen/Qwen2.5-3B-Instruct --teacher Qwen/Qwen2.5-14B-Instruct \
         --data <pairs> --eval_data <pairs> --learning_rate 1e-5 --micro_batch_size 2 \
-        --max_response_tokens 1024 --best_of 0                                      # one GPU
+        --max_response_tokens 1024 --max_edit_tokens 2048 --best_of 0               # one GPU
 
 Read part 2 of common.py for `pack` and `per_token`. `pack` lists the response tokens alone, each
 with the position before it, which predicts it. So no prompt token reaches a loss, and the shift is
@@ -248,6 +248,9 @@ class Method:
     with top_p 0.8 and top_k 20)"""
     refine: bool = True
     """learn the edit y_w* over y_l; if not, the better answer y_w as it is"""
+    max_edit_tokens: int = 256
+    """tokens of the reply that holds diagnosis and edit, and what a reasoning teacher thinks before
+    (enough for the toy task; elsewhere at least twice --max_response_tokens)"""
     margin: bool = True
     """regress on the margin; if not, maximise the Bradley-Terry likelihood"""
     margin_scale: float = 0.3
@@ -537,15 +540,21 @@ def user_turn(text: str) -> dict:
 
 
 def teacher_replies(
-    chats: list[list[dict]], seed: int, teacher: LM, temperature: float, args: Args
+    chats: list[list[dict]],
+    seed: int,
+    teacher: LM,
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    batch_size: int,
 ) -> list[dict]:
     """One reply of the teacher to every chat, as `LM.sample` returns it, without what it thought.
     A reply without its thoughts has no token ids."""
     samples = teacher.sample(
         [teacher.prompt_ids(chat) for chat in chats],
         temperature=temperature,
-        max_new_tokens=args.max_response_tokens,
-        batch_size=args.sample_batch_size,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
         seed=seed,
     )
     replies = []
@@ -583,11 +592,31 @@ def expected_scores(
     return (probs @ scores).tolist()
 
 
+def score_replies(chats: list[list[dict]], teacher: LM, args: Args) -> list[str]:
+    """The teacher's greedy reply to every chat that asks for a score."""
+    replies = teacher_replies(
+        chats,
+        args.seed,
+        teacher,
+        temperature=0.0,
+        max_new_tokens=args.max_response_tokens,
+        batch_size=args.sample_batch_size,
+    )
+    return [reply["text"] for reply in replies]
+
+
 def answer_prompts(rows: list[dict], seed: int, teacher: LM, args: Args) -> list[dict]:
     """Stage 1. The teacher's own answer y_T to every prompt, as "teacher", and its text alone as
     "teacher_reply"."""
     chats = [row["prompt"] for row in rows]
-    replies = teacher_replies(chats, seed, teacher, args.sample_temperature, args)
+    replies = teacher_replies(
+        chats,
+        seed,
+        teacher,
+        temperature=args.sample_temperature,
+        max_new_tokens=args.max_response_tokens,
+        batch_size=args.sample_batch_size,
+    )
     return [{"teacher": reply, "teacher_reply": reply["text"]} for reply in replies]
 
 
@@ -608,8 +637,7 @@ def score_as_answer_a(
 
     column = f"score_{scored}"
     if args.score == "text":
-        replies = teacher_replies(chats, args.seed, teacher, 0.0, args)
-        texts = [reply["text"] for reply in replies]
+        texts = score_replies(chats, teacher, args)
         scores = [read_scores(text, [ANSWER_A, ANSWER_B])[0] for text in texts]
         return [{column: score, f"{column}_reply": text} for score, text in zip(scores, texts)]
     # The comma ends the number: without it "A: 1" would be the beginning of "A: 10" as well.
@@ -630,11 +658,26 @@ def refine_question(row: dict) -> dict:
 def edit_worse_answers(rows: list[dict], seed: int, teacher: LM, args: Args) -> list[dict]:
     """Stage 3. The teacher's edit y_w* of y_l, as "refined", from a reply that says why.
 
-    It is "" if the reply could not be read. The whole reply is kept as "refined_reply".
+    It is "" if the reply could not be read. The whole reply is kept as "refined_reply", and whether
+    it ended within --max_edit_tokens as "refined_finished".
     """
-    chats = [[refine_question(row)] for row in rows]
-    replies = teacher_replies(chats, seed, teacher, args.sample_temperature, args)
-    return [{"refined": read_edit(reply), "refined_reply": reply["text"]} for reply in replies]
+    replies = teacher_replies(
+        [[refine_question(row)] for row in rows],
+        seed,
+        teacher,
+        temperature=args.sample_temperature,
+        max_new_tokens=args.max_edit_tokens,
+        batch_size=args.sample_batch_size,
+    )
+    results = []
+    for reply in replies:
+        result = {
+            "refined": read_edit(reply),
+            "refined_reply": reply["text"],
+            "refined_finished": reply["finished"],
+        }
+        results.append(result)
+    return results
 
 
 def score_edits(rows: list[dict], teacher: LM, args: Args) -> list[dict]:
@@ -651,8 +694,7 @@ def score_edits(rows: list[dict], teacher: LM, args: Args) -> list[dict]:
         chats.append([refine_question(row), reply, user_turn(question)])
 
     if args.score == "text":
-        replies = teacher_replies(chats, args.seed, teacher, 0.0, args)
-        texts = [reply["text"] for reply in replies]
+        texts = score_replies(chats, teacher, args)
         scores = [read_scores(text, [THE_EDIT])[0] for text in texts]
         results = []
         for score, text in zip(scores, texts):
@@ -687,6 +729,13 @@ def annotate(
         check_column(new_rows, column, types, f"cannot go on with {path}")
         readable = [row for row in new_rows if is_readable(row[column])]
         dropped["unreadable"] += len(rows) - len(readable)
+        if rows and not readable:
+            reply = str(new_rows[0].get(f"{column}_reply", ""))
+            problem = f"none of {len(rows)} replies in {path} can be read, as {reply[:60]!r}"
+            if column == "refined":
+                cut_off = [result for result in results if not result.get("refined_finished", True)]
+                problem += f"; {len(cut_off)} are cut off at --max_edit_tokens"
+            stop_without_pairs(problem, dropped, ADVICE[column])
         return readable
 
     # Readers of annotations.jsonl find the request there as the teacher read it.
@@ -718,6 +767,9 @@ def annotate(
         )
     different = [row for row in rows if row["score_chosen"] != row["score_rejected"]]
     dropped["tie"] += len(rows) - len(different)
+    if rows and not different:
+        problem = f"the teacher scores both answers alike, the first ones {rows[0]['score_chosen']}"
+        stop_without_pairs(problem, dropped, ADVICE["tie"])
     rows = [order_by_score(row) for row in different]
     if not args.refine:
         return rows
@@ -729,6 +781,9 @@ def annotate(
     )
     edited = [row for row in rows if row["refined"] != row["rejected"]]
     dropped["equal"] += len(rows) - len(edited)
+    if rows and not edited:
+        problem = f"no edit changes anything, the first is {rows[0]['refined'][:60]!r}"
+        stop_without_pairs(problem, dropped, ADVICE["equal"])
     rows = edited
 
     check_column(rows, "refined_reply", str, "cannot make score_refined.jsonl")
@@ -736,6 +791,27 @@ def annotate(
     return run_stage(
         "score_refined", rows, function, types=(int, float), batch_size=scoring_batch_size
     )
+
+
+# What to do where a stage leaves no row, by its column, or by why rows are dropped.
+ADVICE = {
+    "teacher": "take another --teacher, or look at its chat template",
+    "score_chosen": "take --score expected, which reads no reply, or a larger --teacher",
+    "score_rejected": "take --score expected, which reads no reply, or a larger --teacher",
+    "refined": "take more --max_edit_tokens if they are cut off, else a larger --teacher, or "
+    "--no-refine, which needs no edit",
+    "score_refined": "take --score expected, which reads no reply, or a larger --teacher",
+    "tie": "take --score expected, whose scores are no whole numbers, or a larger --teacher",
+    "equal": "take a larger --teacher, or --no-refine, which needs no edit",
+    "below the margin": "take a larger --teacher, or --no-refine, which needs no edit",
+}
+
+
+def stop_without_pairs(problem: str, dropped: Counter, advice: str):
+    """Ends the program where no pair is left to learn from: what happened, how many rows were
+    dropped for which reason, and what to do."""
+    counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
+    stop(f"no pair is left to learn from: {problem} (rows dropped: {counts}); {advice}")
 
 
 def is_readable(value: dict | str | float) -> bool:
@@ -792,6 +868,11 @@ def add_margins(rows: list[dict], args: Args, dropped: Counter) -> list[dict]:
         if margin > least:
             kept.append({**row, "margin": margin})
     dropped["below the margin"] += len(rows) - len(kept)
+    if rows and not kept:
+        gains = [row[f"score_{better}"] - row["score_rejected"] for row in rows]
+        problem = f"the score of {better} must be more than {least:.0f} higher than that of "
+        problem += f"rejected, the highest gain of {len(rows)} is {max(gains):.2f}"
+        stop_without_pairs(problem, dropped, ADVICE["below the margin"])
     return kept
 
 
@@ -918,6 +999,8 @@ def main(args: Args):
         args,
         at_least_0=["sample_temperature", "margin_scale", "kl_coef", "nll_coef", "best_of"],
     )
+    if args.max_edit_tokens < 1:
+        stop(f"--max_edit_tokens {args.max_edit_tokens} must be a number of at least 1")
 
     # ------------------------------------------------------------------------------ models and data
     device = choose_device(args.device)

@@ -18,11 +18,14 @@ import torch
 from conftest import (
     ROOT,
     SCRIPTS,
+    TINY_RUN,
     ScriptProcess,
     command_line,
     first_rows,
+    make_model,
     read_jsonl,
     run_script,
+    save,
     training_rows,
 )
 
@@ -310,3 +313,41 @@ def test_every_script_imports_without_resource_and_fork():
 
     assert code == 0, err
     assert out.split() == ["Args"] * len(SCRIPTS)
+
+
+# ------------------------------------------------------------------- models that write nothing
+def silent_model(vocab_size: int):
+    """A model whose first token is always the end-of-sequence token, 5. Its layers add nothing, and
+    the first number of every hidden state is large and reaches that token's logit alone."""
+    model = make_model(vocab_size)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight[:, 0] = 100.0
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[5, 0] = 50.0
+    return model
+
+
+@pytest.mark.parametrize("script, silent", [("adpa", "student"), ("dpkd", "teacher")])
+def test_r92_a_model_whose_answers_are_all_empty_ends_the_run(
+    script, silent, checkpoints, tokenizer, pairs, tmp_path, capsys
+):
+    models = {"student": checkpoints["student"], "teacher": checkpoints["teacher"]}
+    if script == "adpa":
+        models["teacher_ref"] = checkpoints["teacher_ref"]
+    models[silent] = save(tmp_path / "silent", tokenizer, silent_model(len(tokenizer)))
+    flags = {"data": pairs, "eval_data": pairs, "output_dir": tmp_path / "run", **TINY_RUN}
+    assert run_script(script, **models, **flags) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"the {silent}'s answers: all 8 are empty, as that to 'What is it?'" in error
+    assert f"{models[silent]} writes nothing but the end of its response" in error
+
+
+def test_r92_some_empty_answers_are_counted(capsys):
+    rows = [{"prompt": [{"role": "user", "content": "p"}], "text": text} for text in ("", "a", " ")]
+    common.check_not_empty(rows, None, "the teacher's answers")
+    assert capsys.readouterr().out == "note: the teacher's answers: 2 of 3 are empty\n"
+    common.check_not_empty(rows[1:2], None, "the teacher's answers")
+    assert capsys.readouterr().out == ""

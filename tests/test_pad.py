@@ -827,8 +827,9 @@ TWO_ANSWERS = {"answers": finished("yes", "no"), "average_logp": TWO, "judgement
 def test_scores_without_n_answers_leave_no_row(columns, run_on_scores, capsys):
     assert run_on_scores(columns) == 2
     out, error = capsys.readouterr()
-    assert "3 answers differ for 0 of 8 prompts" in out
-    assert "no row left" in error_line(error)
+    assert "answers differ" not in out
+    assert "none of 8 has 3 different answers" in error_line(error)
+    assert "take another --scores" in error
 
 
 def test_r29_a_student_that_is_its_teacher_has_divergence_zero(checkpoints, pairs, feed):
@@ -839,20 +840,58 @@ def test_r29_a_student_that_is_its_teacher_has_divergence_zero(checkpoints, pair
     assert row["charts/grad_norm"] < 1e-3
 
 
-def test_a_filter_that_keeps_nothing_ends_the_run_with_the_counts(pairs, feed, capsys):
+def test_r88_a_filter_that_keeps_nothing_says_what_the_judge_did_and_what_helps(
+    pairs, checkpoints, feed, capsys
+):
+    """p(A) is 1/4 on average and p(B) 1/3, so A has 3 of 7 parts. The reply is what transformers
+    writes greedily."""
     samples, scores = samples_and_scores(pairs, [[0.4, 0.3, 0.2]])
-    _, code = feed({"samples_1.jsonl": samples, "scores_1.jsonl": scores}, alpha=0.5)
+    folder, code = feed({"samples_1.jsonl": samples, "scores_1.jsonl": scores}, alpha=0.5)
     captured = capsys.readouterr()
     assert code == 2
     assert "3 answers differ for 8 of 8 prompts, 0 kept" in captured.out
-    assert "no row left: 0 of 0 rows" in captured.err
+    error = error_line(captured.err)
+    assert "in none of 8" in error
+    assert "p(A) + p(B) is 0.58 on average, of which A has 43%" in error
+    for advice in ("a larger --teacher", "--alpha 1", f"--scores {folder}/scores_1.jsonl"):
+        assert advice in error
 
+    lm = LM(checkpoints["teacher"], CPU)
+    question = {"prompt": samples[0]["prompt"][0]["content"], "a": "yes", "b": "no"}
+    chat = [{"role": "user", "content": JUDGE_PROMPT.format(**question)}]
+    ids = lm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    written = lm.model.generate(
+        torch.tensor([ids]), max_new_tokens=16, do_sample=False, eos_token_id=5, pad_token_id=5
+    )[0, len(ids) :]
+    reply = lm.tokenizer.decode(written, skip_special_tokens=True)
+    shown = repr(reply if len(reply) <= 60 else reply[:60] + "…")
+    assert f"it replies {' '.join(shown.split())};" in error
+
+    # The advice can be followed: these answers, with α = 1, are learned from.
+    _, code = feed({}, scores=f"{folder}/scores_1.jsonl", alpha=1.0, num_answers=3)
+    assert code == 0
+
+
+def test_r88_scores_of_another_program_that_the_filter_drops_need_no_reply(pairs, feed, capsys):
+    _, scores = samples_and_scores(pairs, [[0.4, 0.3, 0.2]])
+    file, _ = feed({"scores_1.jsonl": scores}, alpha=1.0, max_steps=1)
+    capsys.readouterr()
+    _, code = feed({}, scores=f"{file}/scores_1.jsonl", alpha=0.5)
+    error = error_line(capsys.readouterr().err)
+    assert code == 2
+    assert "in none of 8" in error and "it replies" not in error
+    assert f"goes on with --scores {file}/scores_1.jsonl" in error
+
+
+def test_r89_prompts_without_enough_different_answers_say_how_many_there_are(pairs, feed, capsys):
+    samples, _ = samples_and_scores(pairs, JUDGED)
     samples = [{**row, "answers": finished("one")} for row in samples]
     _, code = feed({"samples_1.jsonl": samples})
-    captured = capsys.readouterr()
+    error = error_line(capsys.readouterr().err)
     assert code == 2
-    assert "3 answers differ for 0 of 8 prompts" in captured.out
-    assert "no row left" in captured.err
+    assert "none of 8 has 3 different answers (the most are 1)" in error
+    prompt = samples[0]["prompt"][0]["content"]
+    assert f"to {prompt!r} there is 'one'; take a higher --sample_temperature" in error
 
 
 # ---------------------------------------------------------------------------------------- refusals

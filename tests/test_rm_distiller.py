@@ -1048,14 +1048,89 @@ def test_a_stage_of_other_data_is_refused(rows_of_pairs, feed, capsys):
     assert "teacher.jsonl" in capsys.readouterr().err
 
 
-def test_when_nothing_can_be_read_the_table_says_why(rows_of_pairs, feed, capsys):
-    files = {"teacher": with_column(rows_of_pairs, teacher=sample("x"))}
-    files["score_chosen"] = with_column(rows_of_pairs, score_chosen=0)
-    _, code = feed(files)
-    captured = capsys.readouterr()
+def stages_until(column: str, rows: list[dict], **last) -> dict[str, list[dict]]:
+    """Files of the stages before a column, which are as they should be, and of that column."""
+    files = {"teacher": with_column(rows, teacher=sample("x"))}
+    files |= scores_of_a_pair(rows, chosen=7, rejected=3)
+    files["refined"] = with_column(rows, refined="x y", refined_reply="Why: z Edited: x y")
+    files["score_refined"] = with_column(rows, score_refined=9)
+    files[column] = with_column(rows, **last)
+    return files
+
+
+# The first stage that leaves nothing, what its file holds, and the words of the error.
+NOTHING_LEFT = {
+    "empty answers": ("teacher", {"teacher": sample("")}, ["8 unreadable", "another --teacher"]),
+    "no score": (
+        "score_chosen",
+        {"score_chosen": 0, "score_chosen_reply": "I like both."},
+        ["none of 8 replies in", "'I like both.'", "8 unreadable", "--score expected"],
+    ),
+    "equal scores": (
+        "score_rejected",
+        {"score_rejected": 7},
+        ["both answers alike, the first ones 7", "8 tie", "a larger --teacher"],
+    ),
+    "no edit": (
+        "refined",
+        {"refined": "", "refined_reply": "It is wrong.", "refined_finished": False},
+        ["'It is wrong.'; 8 are cut off at --max_edit_tokens", "--no-refine", "more --max_edit_"],
+    ),
+    "no score of an edit": (
+        "score_refined",
+        {"score_refined": 0, "score_refined_reply": "fine"},
+        ["'fine'", "8 unreadable", "--score expected"],
+    ),
+    "no gain": (
+        "score_refined",
+        {"score_refined": 3.5},
+        ["more than 1 higher", "the highest gain of 8 is 0.50", "8 below the margin"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOTHING_LEFT)
+def test_r90_r91_a_stage_that_leaves_nothing_says_what_happened_and_what_to_do(
+    case, rows_of_pairs, feed, capsys
+):
+    column, last, words = NOTHING_LEFT[case]
+    _, code = feed(stages_until(column, rows_of_pairs, **last))
+    error = capsys.readouterr().err.splitlines()[-1]
     assert code == 2
-    assert "no row left" in captured.err
-    assert table_of(captured.out)["unreadable"] == 8
+    for word in ["no pair is left to learn from", *words]:
+        assert word in error
+
+
+def test_r91_edits_that_change_nothing_say_so(pairs, rows_of_pairs, feed, capsys):
+    files = stages_until("teacher", rows_of_pairs, teacher=sample("x"))
+    for row, pair in zip(files["refined"], read_rows(str(pairs), "train"), strict=True):
+        row["refined"] = pair["rejected"]
+    _, code = feed(files)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert code == 2
+    for word in ["no edit changes anything", "8 equal", "--no-refine"]:
+        assert word in error
+
+
+def test_r90_diagnosis_and_edit_have_a_limit_of_their_own(load, monkeypatch):
+    """A random teacher, which hardly ever ends a reply, writes as long as the limit lets it."""
+    teacher = load("teacher")
+    lengths = []
+    sample_responses = teacher.sample
+
+    def recorded(prompts, **flags):
+        samples = sample_responses(prompts, **flags)
+        lengths.append(max(len(sample["token_ids"]) for [sample] in samples))
+        return samples
+
+    monkeypatch.setattr(teacher, "sample", recorded)
+    prompt = [{"role": "user", "content": "Hello"}]
+    rows = [{"prompt": prompt, "rejected": "No.", "teacher": {"text": "x"}}] * 4
+    args = Args(max_response_tokens=3, max_edit_tokens=9)
+    edits = edit_worse_answers(rows, 1, teacher, args)
+    answer_prompts(rows, 1, teacher, args)
+    assert lengths == [9, 3]
+    assert [row["refined_finished"] for row in edits].count(False) > 0
 
 
 # Columns of files of stages, and the file that cannot be made or gone on with.
