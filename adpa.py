@@ -71,8 +71,12 @@ from common import (
     pack,
     parse_flags,
     per_token,
+    print_end,
+    print_models,
+    print_plan,
+    print_rewards,
     print_samples,
-    print_summary,
+    print_start,
     read_rows,
     reward_metrics,
     row_numbers,
@@ -344,7 +348,9 @@ def main(args: Args):
 
     # ------------------------------------------------------------------------------ models and data
     device = choose_device(args.device)
+    print_start(run_dir, device, data=args.data, eval_data=args.eval_data)
     student, teacher, teacher_ref = load_models(args, device)
+    print_models(student=student, teacher=teacher, teacher_ref=teacher_ref)
     vocab_size = shared_vocab_size(student, teacher)
     if teacher_ref is not None:
         vocab_size = min(vocab_size, shared_vocab_size(student, teacher_ref))
@@ -359,6 +365,7 @@ def main(args: Args):
     held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")
     train_rows = [example.row for example in answered]
     eval_rows = [example.row for example in held_out[: args.eval_prompts]]
+    print_plan(args, answered, len(eval_rows))
     begin_run(run_dir, args, [student, teacher, teacher_ref], data=answered, eval_data=held_out)
 
     # ------------------------------------------------------------------------ evaluation at step 0
@@ -407,6 +414,7 @@ def main(args: Args):
     metrics = Metrics(run_dir, args, first_step)
     if first_step == 0:
         metrics.log(0, reward_metrics(eval_before))
+        metrics.log_samples(0, eval_before)
 
     # ------------------------------------------------------------------------------------- training
     bar = Bar("training", total_steps, "steps", done=first_step)
@@ -466,12 +474,15 @@ def main(args: Args):
 
     # -------------------------------------------------------------------------------------- results
     eval_after = evaluate_once(student, "after")
+    metrics.log_samples(total_steps, eval_after)
     save_model(student, run_dir / "model")
     results = compare_rewards(eval_before, eval_after, eval_teacher)
     results["seconds"] = time.time() - started
     save_summary(run_dir, results, counts, args)
-    print_samples({"before": eval_before, "after": eval_after, "teacher": eval_teacher})
-    print_summary(run_dir, results)
+    evaluations = {"before": eval_before, "now": eval_after, "teacher": eval_teacher}
+    print_samples(evaluations)
+    print_rewards(evaluations, getattr(reward_fn, "best_possible", None))
+    print_end(run_dir, args, results["seconds"])
 
 
 if __name__ == "__main__":

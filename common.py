@@ -36,6 +36,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import statistics
 import sys
@@ -1134,7 +1135,7 @@ def encode_rows(
         counts += f"; {refused[0]}"
     if not kept:
         stop(f"{label}: no row left: {counts}")
-    print(f"{label}: {counts}")
+    print_fact(label, counts)
     if changed:
         print(f"note: {lm.path} writes {len(changed)} responses otherwise, as {changed[0]}")
     return kept
@@ -1215,7 +1216,8 @@ def load_reward_function(
 
     A reward is a finite number, or None where a function says that it does not apply. Anything else
     ends the program. So does a function that needs a column which `rows`, those that it will judge,
-    do not have. An error inside a function keeps its traceback.
+    do not have. An error inside a function keeps its traceback. A function may say what the highest
+    reward is, in its attribute best_possible: it is shown at the end of a run.
     """
     place, _, name = spec.rpartition(":")
     # A path of Windows has a colon as well, but the name of no function behind it.
@@ -1224,12 +1226,14 @@ def load_reward_function(
         stop(f"--reward_label {label} chooses a label of a reward model; --reward {spec} is none")
     if spec == "none":
         return None
+    best_possible = None
     if is_function:
         function = load_function(spec)
         columns = other_columns(rows)
         if rows:
             check_parameters(function, columns, spec)
         score = partial(call_reward_function, function, columns)
+        best_possible = getattr(function, "best_possible", None)
     else:
         score = load_reward_model(
             spec, device, trust_remote_code, batch_size=batch_size, label=label
@@ -1252,6 +1256,7 @@ def load_reward_function(
             stop(f"--reward {spec} must return {wanted}; it returned {str(rewards)[:100]}")
         return rewards
 
+    reward_fn.best_possible = best_possible
     return reward_fn
 
 
@@ -1392,6 +1397,7 @@ def load_reward_model(
     index = label_index(lm.model.config.id2label, label, spec)
     check_score(lm)
     lm.model.score.float()
+    print_fact("reward model", describe(lm))
 
     @torch.no_grad()
     def score(rows: list[dict], samples: list[dict]) -> list[float]:
@@ -1807,7 +1813,7 @@ def choose_device(name: str) -> torch.device:
 
 class Bar:
     """How far long work is, on standard error: a bar on a terminal, and in a log file a line
-    every twentieth of the work, but not more often than every five seconds. Example:
+    every twentieth of the work, but not more often than every ten seconds. Example:
 
         with Bar("encoding", total=len(rows), unit="rows") as bar:
             for row in rows:
@@ -1856,7 +1862,7 @@ class Bar:
             self.terminal_bar.update(count)
             return
         seconds = time.time() - self.line_time
-        is_due = self.done - self.line_done >= self.total / 20 and seconds >= 5
+        is_due = self.done - self.line_done >= self.total / 20 and seconds >= 10
         is_last = self.done == self.total and count > 0
         if is_due or is_last:
             self.print_line()
@@ -1982,7 +1988,25 @@ class Metrics:
         if args.track != "none":
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(run_dir))
+            # What a killed run logged after its checkpoint is hidden.
+            self.writer = SummaryWriter(str(run_dir), purge_step=first_step + 1)
+            lines = [f"    --{name} {value}" for name, value in asdict(args).items()]
+            self.writer.add_text("flags", "\n".join(lines), first_step)
+
+    def log_samples(self, step: int, rows: list[dict], count: int = 4):
+        """Shows the first responses in TensorBoard or wandb. A row has a prompt, a text and perhaps
+        a reward."""
+        if self.writer is None:
+            return
+        lines = []
+        for row in rows[:count]:
+            lines.append(f"    {one_line(prompt_text(row['prompt']))}")
+            reward = row.get("reward")
+            number = "" if reward is None else f"{reward:.2f}"
+            lines.append(f"    {number:>8}   {one_line(row['text'])}")
+        # Lines that are indented by four columns are shown as they are.
+        self.writer.add_text("responses", "\n".join(lines), step)
+        self.writer.flush()
 
     def log(self, step: int, values: dict[str, float]):
         with self.path.open("a") as file:
@@ -2108,18 +2132,129 @@ def save_summary(run_dir: Path, results: dict, counts: dict, args):
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
 
 
-def print_samples(samples: dict[str, list[dict]], count: int = 4):
-    """Shows responses to the first held-out prompts, from {"before": rows, "after": rows, ...}."""
-    for rows in list(zip(*samples.values()))[:count]:
-        print(f"\n{prompt_text(rows[0]['prompt'])}")
-        for name, row in zip(samples, rows):
+def print_fact(name: str, text):
+    print(f"{name:<17} {text}", flush=True)
+
+
+def print_start(run_dir: Path, device: torch.device, *, data: str, eval_data: str):
+    """What is known of a run before its models are loaded, which may take minutes."""
+    name = device.type
+    if device.type == "cuda":
+        name = f"{device} ({torch.cuda.get_device_name(device)})"
+    print_fact("run folder", f"{run_dir} (--resume {run_dir} goes on if it is interrupted)")
+    print_fact("device", name)
+    print_fact("training data", data)
+    print_fact("held-out data", eval_data)
+
+
+def print_models(**models: LM | None):
+    """A line for every model, after its flag, such as student=lm."""
+    for name, lm in models.items():
+        if lm is not None:
+            print_fact(name, describe(lm))
+
+
+def describe(lm: LM) -> str:
+    """Example: "playground/student: 28,416 parameters, float32, trained"."""
+    count = sum(parameter.numel() for parameter in lm.model.parameters())
+    dtype = str(lm.model.dtype).removeprefix("torch.")
+    if lm.autocast_enabled and dtype == "float32":
+        dtype = "float32, computing in bfloat16"
+    return f"{lm.path}: {count:,} parameters, {dtype}, {'trained' if lm.trainable else 'frozen'}"
+
+
+def print_plan(args, examples: list, held_out: int):
+    """The steps of a run and its evaluations, before the first stage. A stage may drop examples."""
+    if args.max_steps:
+        epochs = args.max_steps * args.batch_size / len(examples)
+        plan = f"{args.max_steps} steps of {args.batch_size}, about {epochs:.2g} epochs"
+    else:
+        steps = args.num_epochs * math.ceil(len(examples) / args.batch_size)
+        plan = f"at most {steps} steps of {args.batch_size}, {args.num_epochs} epochs"
+    print_fact("training", f"{plan} over {len(examples)} examples")
+    moments = f"before, every {args.eval_every} steps, and after"
+    print_fact("evaluation", f"{held_out} held-out rows, {moments}")
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """A text without line breaks, and cut where it is longer than the limit."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[:limit] + " …"
+
+
+def print_samples(evaluations: dict[str, list[dict]], count: int = 4):
+    """Responses to the first different held-out prompts, from {"before": rows, "now": rows}."""
+    header = "responses to held-out prompts"
+    if "reward" in evaluations["before"][0]:
+        header += ", each behind its reward"
+    print(f"\n{header}")
+    shown = []
+    for rows in zip(*evaluations.values()):
+        prompt = one_line(prompt_text(rows[0]["prompt"]))
+        if prompt in shown or len(shown) == count:
+            continue
+        shown.append(prompt)
+        print(f"\n  {prompt}")
+        for name, row in zip(evaluations, rows):
             reward = row.get("reward")
-            shown = "" if reward is None else f"{reward:.2f}"
-            print(f"  {name:<8}{shown:>6}   {row['text']}")
+            number = "" if reward is None else f"{reward:.2f}"
+            print(f"    {name:<8}{number:>6}   {one_line(row['text'])}")
 
 
-def print_summary(run_dir: Path, results: dict):
+def print_rewards(evaluations: dict[str, list[dict]], best_possible: float | None):
+    """The mean rewards of all evaluations in a table, and how often "now" is better than "before".
+    With --reward none there is nothing to show."""
+    before = evaluations["before"]
+    if "reward" not in before[0]:
+        return
+    prompts = {prompt_text(row["prompt"]) for row in before}
+    responses = f"mean over {len(before)} responses to {len(prompts)} different prompts"
     print()
-    for name, value in results.items():
-        print(f"{name:<20}{value:10.4g}")
-    print(f"everything is in {run_dir}, the model in {run_dir / 'model'}")
+    print_fact("", f"  reward   {responses}")
+    for name, rows in evaluations.items():
+        line = f"{mean_reward(rows):8.3f}"
+        if name == "now":
+            line += f"   {compare_pairs(before, rows)}"
+        print_fact(name, line)
+    if best_possible is not None:
+        print_fact("best possible", f"{best_possible:8.3f}")
+
+
+def compare_pairs(before: list[dict], now: list[dict]) -> str:
+    """Example: "better than before on 60% of the prompts, worse on 10%"."""
+    better = 0
+    worse = 0
+    for old, new in zip(before, now, strict=True):
+        if old["reward"] is not None and new["reward"] is not None:
+            better += new["reward"] > old["reward"]
+            worse += new["reward"] < old["reward"]
+    shares = f"{better / len(now):.0%} of the prompts, worse on {worse / len(now):.0%}"
+    return f"better than before on {shares}"
+
+
+def print_end(run_dir: Path, args, seconds: float, *, is_reward_model: bool = False):
+    """How long a run took, where it is, and commands that use it."""
+    print()
+    print_fact("time", duration(seconds))
+    print_fact("run folder", f"{run_dir}, with the model in {run_dir / 'model'}")
+    # Modules of this project are found in its folder alone.
+    root = Path(__file__).parent.resolve()
+    enter = ""
+    if Path.cwd().resolve() != root:
+        enter = f"cd {shlex.quote(str(root))} && "
+        run_dir = run_dir.resolve()
+    if is_reward_model:
+        use = ["python", "adpa.py", "--reward", str(run_dir / "model")]
+        print_fact("use as a reward", enter + shlex.join(use))
+    else:
+        print_fact("chat", enter + shlex.join(["python", "-m", "playground.chat", str(run_dir)]))
+    # Beside the newest other run that is finished.
+    runs = [run_dir]
+    finished = [path for path in run_dir.parent.glob("*/summary.json") if path.parent != run_dir]
+    if finished:
+        runs.append(max(finished, key=lambda path: path.stat().st_mtime).parent)
+    compare = ["python", "-m", "studies.table", *map(str, runs)]
+    print_fact("compare", enter + shlex.join(compare))
+    if args.track == "tensorboard":
+        logs = run_dir.parent if run_dir.parent.name == "runs" else run_dir
+        print_fact("curves", shlex.join(["tensorboard", "--logdir", str(logs)]))

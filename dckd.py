@@ -56,8 +56,12 @@ from common import (
     pack,
     parse_flags,
     per_token,
+    print_end,
+    print_models,
+    print_plan,
+    print_rewards,
     print_samples,
-    print_summary,
+    print_start,
     read_rows,
     reward_metrics,
     row_numbers,
@@ -281,7 +285,9 @@ def main(args: Args):
 
     # ------------------------------------------------------------------------------ models and data
     device = choose_device(args.device)
+    print_start(run_dir, device, data=args.data, eval_data=args.eval_data)
     student, teacher = load_models(args, device)
+    print_models(student=student, teacher=teacher)
     vocab_size = shared_vocab_size(student, teacher)
     train_rows = read_rows(args.data, args.data_split, config=args.data_config)
     eval_rows = read_rows(args.eval_data, args.eval_split, columns=(), config=args.eval_config)
@@ -291,6 +297,7 @@ def main(args: Args):
     examples = encode_rows(student, train_rows, ["chosen", "rejected"], args, "training pairs")
     held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")
     eval_rows = [example.row for example in held_out[: args.eval_prompts]]
+    print_plan(args, examples, len(eval_rows))
     begin_run(run_dir, args, [student, teacher], data=examples, eval_data=held_out)
 
     # ------------------------------------------------------------------------ evaluation at step 0
@@ -322,6 +329,7 @@ def main(args: Args):
     metrics = Metrics(run_dir, args, first_step)
     if first_step == 0:
         metrics.log(0, reward_metrics(eval_before))
+        metrics.log_samples(0, eval_before)
 
     # ------------------------------------------------------------------------------------- training
     bar = Bar("training", total_steps, "steps", done=first_step)
@@ -385,12 +393,15 @@ def main(args: Args):
 
     # -------------------------------------------------------------------------------------- results
     eval_after = evaluate_once(student, "after")
+    metrics.log_samples(total_steps, eval_after)
     save_model(student, run_dir / "model")
     results = compare_rewards(eval_before, eval_after, eval_teacher)
     results["seconds"] = time.time() - started
     save_summary(run_dir, results, counts, args)
-    print_samples({"before": eval_before, "after": eval_after, "teacher": eval_teacher})
-    print_summary(run_dir, results)
+    evaluations = {"before": eval_before, "now": eval_after, "teacher": eval_teacher}
+    print_samples(evaluations)
+    print_rewards(evaluations, getattr(reward_fn, "best_possible", None))
+    print_end(run_dir, args, results["seconds"])
 
 
 if __name__ == "__main__":

@@ -76,8 +76,12 @@ from common import (
     pack,
     parse_flags,
     per_token,
+    print_end,
+    print_models,
+    print_plan,
+    print_rewards,
     print_samples,
-    print_summary,
+    print_start,
     prompt_text,
     read_rows,
     reward_metrics,
@@ -708,7 +712,9 @@ def main(args: Args):
 
     # ------------------------------------------------------------------------------ models and data
     device = choose_device(args.device)
+    print_start(run_dir, device, data=args.scores or args.data, eval_data=args.eval_data)
     student, teacher = load_models(args, device)
+    print_models(student=student, teacher=teacher)
     source = args.scores or args.data
     train_rows = read_rows(source, args.data_split, columns=(), config=args.data_config)
     if args.max_rows:
@@ -723,6 +729,7 @@ def main(args: Args):
     train_rows = [example.row for example in prompts]
     eval_rows = [example.row for example in held_out[: args.eval_prompts]]
     source = "scores" if args.scores else "data"
+    print_plan(args, prompts, len(eval_rows))
     begin_run(run_dir, args, [student, teacher], **{source: prompts}, eval_data=held_out)
 
     # ------------------------------------------------------------------------ evaluation at step 0
@@ -771,6 +778,7 @@ def main(args: Args):
     metrics = Metrics(run_dir, args, first_step)
     if first_step == 0:
         metrics.log(0, reward_metrics(eval_before))
+        metrics.log_samples(0, eval_before)
 
     # ------------------------------------------------------------------------------------- training
     bar = Bar("training", total_steps, "steps", done=first_step)
@@ -834,12 +842,15 @@ def main(args: Args):
 
     # -------------------------------------------------------------------------------------- results
     eval_after = evaluate_once(student, "after")
+    metrics.log_samples(total_steps, eval_after)
     save_model(student, run_dir / "model")
     results = compare_rewards(eval_before, eval_after, eval_teacher)
     results["seconds"] = time.time() - started
     save_summary(run_dir, results, counts, args)
-    print_samples({"before": eval_before, "after": eval_after, "teacher": eval_teacher})
-    print_summary(run_dir, results)
+    evaluations = {"before": eval_before, "now": eval_after, "teacher": eval_teacher}
+    print_samples(evaluations)
+    print_rewards(evaluations, getattr(reward_fn, "best_possible", None))
+    print_end(run_dir, args, results["seconds"])
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ done. Frozen models run without gradient. What is sampled or scored goes through
 responses, N response tokens, H hidden size, V vocabulary.
 """
 
-import difflib
 import json
 import math
 import re
@@ -69,11 +68,16 @@ from common import (
     load_checkpoint,
     load_reward_function,
     mean_per_response,
+    one_line,
     open_run,
     pack,
     parse_flags,
     per_token,
-    print_summary,
+    print_end,
+    print_fact,
+    print_models,
+    print_plan,
+    print_start,
     prompt_text,
     read_rows,
     row_number,
@@ -877,17 +881,18 @@ def add_margins(rows: list[dict], args: Args, dropped: Counter) -> list[dict]:
 
 
 def print_annotations(rows: list[dict], better: str, dropped: Counter, count: int = 3):
-    """How many rows were dropped and kept, and some edits as words removed (-) and added (+)."""
+    """How many rows were dropped and kept, and the two responses of some pairs."""
+    print("\npairs after the teacher's annotation")
     print(f"{len(rows) + dropped.total():>8}  rows in")
     for reason, number in dropped.items():
         print(f"{number:>8}  {reason}")
     print(f"{len(rows):>8}  kept")
+    worse_name, better_name = ("worse", "better") if better == "chosen" else ("before", "edited")
     for row in rows[:count]:
-        words = []
-        for line in difflib.ndiff(row["rejected"].split(), row[better].split()):
-            if not line.startswith("?"):
-                words.append(line.replace(" ", ""))
-        print(" ".join(words))
+        print(f"\n  {one_line(prompt_text(row['prompt']))}")
+        print(f"    {worse_name:<8}{one_line(row['rejected'])}")
+        print(f"    {better_name:<8}{one_line(row[better])}")
+    print()
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -983,12 +988,32 @@ def mean_error_count(values: list[float]) -> list:
 
 
 def print_accuracy(before: dict[str, list[float]], after: dict[str, list[float]]):
-    """A line for each subset, and for the best of n: before and after training."""
-    print()
+    """The share of held-out pairs that r orders right: a line for all, and for each subset."""
+    print("\nshare of held-out pairs whose better response has the higher reward")
+    width = max(18, max(len(name) for name in after))
+    print(f"{'':<{width}}{'pairs':>8}{'before':>9}{'now':>9}")
     for name, values in after.items():
         mean, error, count = mean_error_count(values)
-        mean_before = statistics.mean(before[name])
-        print(f"{name:<32}{count:>6} rows   {mean_before:.3f} → {mean:.3f} ± {error:.3f}")
+        numbers = f"{statistics.mean(before[name]):>9.3f}{mean:>9.3f} ± {error:.3f}"
+        print(f"{name:<{width}}{count:>8}{numbers}")
+
+
+def print_best_of_n(before: list[float], after: list[float], options: list[Example], reward_fn):
+    """What --reward says of the options: of all, of those that r picks, of the best."""
+    worth = [example.row["worth"] for example in options]
+    any_one = statistics.mean(statistics.mean(values) for values in worth)
+    best = statistics.mean(max(values) for values in worth)
+    mean, error, count = mean_error_count(after)
+    n = len(worth[0])
+    print(
+        f"\nreward (--reward) of one of {n} responses of the untrained student to {count} prompts"
+    )
+    print_fact("any of them", f"{any_one:8.3f}")
+    print_fact("picked before", f"{statistics.mean(before):8.3f}")
+    print_fact("picked now", f"{mean:8.3f} ± {error:.3f}")
+    print_fact("the best of them", f"{best:8.3f}")
+    if reward_fn.best_possible is not None:
+        print_fact("best possible", f"{reward_fn.best_possible:8.3f}")
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -1004,7 +1029,9 @@ def main(args: Args):
 
     # ------------------------------------------------------------------------------ models and data
     device = choose_device(args.device)
+    print_start(run_dir, device, data=args.annotations or args.data, eval_data=args.eval_data)
     student, teacher = load_models(args, device)
+    print_models(student=student, teacher=teacher)
     vocab_size = student.vocab_size
     if args.kl_coef > 0:
         vocab_size = shared_vocab_size(student, teacher, "take --kl_coef 0 --nll_coef 1")
@@ -1029,6 +1056,7 @@ def main(args: Args):
             rows=eval_rows,
         )
     held_out = encode_rows(student, eval_rows, ["chosen", "rejected"], args, "held-out pairs")
+    print_plan(args, rows, len(held_out))
     begin_run(run_dir, args, [student, teacher], **sources, eval_data=held_out)
 
     # ------------------------------------------------------------------------ evaluation at step 0
@@ -1064,6 +1092,8 @@ def main(args: Args):
     metrics = Metrics(run_dir, args, first_step)
     if first_step == 0:
         metrics.log(0, {"eval/accuracy": statistics.mean(before["all"])})
+        edits = [{"prompt": row["prompt"], "text": row[columns[0]]} for row in rows]
+        metrics.log_samples(0, edits)
 
     # ------------------------------------------------------------------------------------- training
     bar = Bar("training", total_steps, "steps", done=first_step)
@@ -1141,8 +1171,12 @@ def main(args: Args):
     results["seconds"] = time.time() - started
     whole_results = {"best_of_n_reward": None, **results, "accuracy": accuracy}
     save_summary(run_dir, whole_results, counts, args)
+    best_before = before.pop(best_of_n, None)
+    best_after = after.pop(best_of_n, None)
     print_accuracy(before, after)
-    print_summary(run_dir, results)
+    if reward_fn is not None:
+        print_best_of_n(best_before, best_after, options, reward_fn)
+    print_end(run_dir, args, results["seconds"], is_reward_model=True)
 
 
 if __name__ == "__main__":

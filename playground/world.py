@@ -201,6 +201,9 @@ def reward(prompts: list, completions: list, **columns) -> list[float]:
     return rewards
 
 
+reward.best_possible = 1.2  # shown at the end of a run
+
+
 def score(value: float) -> int:
     """A reward on the teacher's scale: a whole number from 1 (reward 0 or less) to 10 (1.2)."""
     return round(min(max(1 + 7.5 * value, 1), 10))

@@ -628,8 +628,8 @@ def test_r17_r18_r19_r46_rows_that_do_not_fit_are_dropped_and_counted(load, tmp_
     error = one_error_line(capsys, encode_rows, lm, rows[1:], columns, limits(40, 40), "pairs")
 
     assert [example.row["id"][0] for example in examples] == ["1"]
-    assert printed == (
-        "training pairs: 1 of 6 rows, 1 dropped (chosen equals rejected), "
+    assert " ".join(printed.split()) == (
+        "training pairs 1 of 6 rows, 1 dropped (chosen equals rejected), "
         "2 dropped (empty prompt or response), 1 dropped (prompt over 40 tokens), "
         "1 dropped (response over 40 tokens)"
     )

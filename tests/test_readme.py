@@ -184,9 +184,10 @@ def test_r50_the_first_command_runs_in_a_fresh_copy_and_shows_the_numbers_of_the
     [run] = (tmp_path / "runs").iterdir()
     summary = json.loads((run / "summary.json").read_text())
     assert re.fullmatch(r"adpa__1__\d+", run.name)
-    assert f"everything is in runs/{run.name}" in done.stdout and "reward_after" in done.stdout
-    for word in ("before", "after", "teacher"):
-        assert f"\n  {word} " in done.stdout  # the table of responses
+    assert f"python -m playground.chat runs/{run.name}\n" in done.stdout
+    for word in ("before", "now", "teacher"):
+        assert f"\n    {word} " in done.stdout  # the responses
+        assert f"\n{word} " in done.stdout  # the table of rewards
     assert summary["seconds"] < 300, "a minute on two idle cores"
     pattern = r"from\s+(\d\.\d+)\s+to\s+(?:about\s+)?(\d\.\d+)\D+(\d\.\d+)"
     numbers = re.search(pattern, README)

@@ -165,7 +165,7 @@ def test_a_run_leaves_what_it_should(script, whole_runs):
     assert summary["stage_seconds"].keys() == stages | {"training"}
     assert all(seconds > 0 for seconds in summary["stage_seconds"].values())
     assert sum(summary["stage_seconds"].values()) <= summary["seconds"]
-    assert all(name in out for name in results) and str(run) in out
+    assert str(run) in out
 
 
 @every_script

@@ -1,5 +1,6 @@
 """What a person sees: --help, and what a run prints on a terminal and into a log file."""
 
+import contextlib
 import dataclasses
 import importlib
 import io
@@ -7,10 +8,14 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRIPTS, read_jsonl, write_jsonl
+import torch
+from conftest import ROOT, SCRIPTS, TINY_RUN, command_line, read_jsonl, write_jsonl
+from safetensors.torch import load_file
 
+import adpa
 import common
 from common import Bar, duration, parse_flags
 
@@ -131,26 +136,187 @@ def test_durations_are_read_as_people_say_them():
     ]
 
 
-# ------------------------------------------------------------------------------ r54: what is logged
+# ---------------------------------------------------------------------- r53: what a run prints
+every_script_and_baselines = pytest.mark.parametrize("script", [*SCRIPTS, "studies/baselines"])
+
+
 @pytest.fixture
 def own_flags(checkpoints, pairs, tmp_path) -> dict[str, dict]:
     """What a script needs besides to run on random models."""
     rows = []
     for row in read_jsonl(pairs):
-        rows.append({**row, "refined": f"{row['chosen']} indeed"})
-        rows[-1] |= {"score_refined": 8, "score_chosen": 6, "score_rejected": 2}
+        rows.append({**row, "refined": f"{row['chosen']} indeed", "teacher": "a word"})
+        rows[-1] |= {
+            "score_refined": 8,
+            "score_chosen": 6,
+            "score_rejected": 2,
+            "teacher": "a word",
+        }
     annotations = write_jsonl(tmp_path / "annotations.jsonl", rows)
     return {
         "adpa": {"teacher_ref": checkpoints["teacher_ref"]},
         "dckd": {},
         "dpkd": {},
         "pad": {"alpha": 1, "num_answers": 2},
-        "rm_distiller": {"annotations": annotations, "kl_coef": 0, "best_of": 2},
+        "rm_distiller": {"annotations": annotations, "best_of": 2},
         "studies/baselines": {},
     }
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "studies/baselines"])
+def printed_by(run_tiny, script: str, **flags) -> tuple[Path, str]:
+    """A run, and all that it prints, into one log file as it were."""
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        run = run_tiny(script, **flags)
+    return run, log.getvalue()
+
+
+def parameters_of(model: str) -> str:
+    """How many numbers are in a checkpoint, as people write it."""
+    count = sum(tensor.numel() for tensor in load_file(Path(model) / "model.safetensors").values())
+    return f"{count:,} parameters"
+
+
+def facts_of(text: str) -> dict[str, str]:
+    """{"device": "cpu", ...} from lines whose second column begins at the same place."""
+    return {line[:17].strip(): line[18:] for line in text.splitlines() if line[17:18] == " "}
+
+
+@every_script_and_baselines
+def test_r53_a_run_says_what_it_is_before_any_work(script, run_tiny, own_flags, checkpoints):
+    run, text = printed_by(run_tiny, script, **own_flags[script], num_epochs=3, max_steps=0)
+
+    first_stage = re.search(r"^(eval_before|options): ", text, re.M).start()
+    start = text[:first_stage]
+    facts = facts_of(start)
+    assert start.splitlines()[0].startswith(f"run folder        {run} (--resume {run} ")
+    assert facts["device"] == "cpu"
+    assert parameters_of(checkpoints["teacher"]) in facts["teacher"]
+    assert facts["teacher"].endswith("float32, frozen")
+    assert facts["student"].startswith(f"{checkpoints['student']}: ")
+    assert facts["student"].endswith("float32, trained")
+    if script != "rm_distiller":  # to which it adds a reward head
+        assert parameters_of(checkpoints["student"]) in facts["student"]
+    assert facts["training data"].endswith(".jsonl") and facts["held-out data"].endswith(".jsonl")
+    kept = [name for name, fact in facts.items() if fact == "8 of 8 rows"]
+    assert [name for name in kept if name.startswith("held-out")]
+    assert [name for name in kept if name.startswith("training")] or script == "rm_distiller"
+    # Eight rows in one batch: three epochs are three steps.
+    assert facts["training"] == "at most 3 steps of 8, 3 epochs over 8 examples"
+    steps = [row["step"] for row in read_jsonl(run / "metrics.jsonl")]
+    assert steps == [0, 1, 2, 3]
+
+    # A log file stays readable.
+    assert "\r" not in text
+    assert len(text.splitlines()) < 80
+    assert "{'" not in text  # no dictionary as Python prints it
+
+
+def test_r53_the_table_at_the_end_shows_what_the_run_has_written(run_tiny, checkpoints):
+    flags = {"eval_prompts": 8, "teacher_ref": checkpoints["teacher_ref"], "max_steps": 3}
+    run, text = printed_by(run_tiny, "adpa", **flags)
+
+    rewards = {}
+    for name in ("before", "after", "teacher"):
+        rewards[name] = [row["reward"] for row in read_jsonl(run / f"eval_{name}.jsonl")]
+    pairs = list(zip(rewards["before"], rewards["after"]))
+    better = sum(now > before for before, now in pairs) / 8
+    worse = sum(now < before for before, now in pairs) / 8
+    facts = facts_of(text[text.index("responses to 8 different prompts") :])
+    assert float(facts["before"]) == pytest.approx(sum(rewards["before"]) / 8, abs=6e-4)
+    assert float(facts["teacher"]) == pytest.approx(sum(rewards["teacher"]) / 8, abs=6e-4)
+    now, words = facts["now"].split(maxsplit=1)
+    assert float(now) == pytest.approx(sum(rewards["after"]) / 8, abs=6e-4)
+    assert words == f"better than before on {better:.0%} of the prompts, worse on {worse:.0%}"
+    assert "best possible" not in facts  # conftest.vowels does not say it
+    # The responses stand above it, under a header.
+    samples = text[text.index("\nresponses to held-out prompts, each behind its reward\n") :]
+    first = read_jsonl(run / "eval_after.jsonl")[0]
+    assert f"    now     {first['reward']:6.2f}   {common.one_line(first['text'])}\n" in samples
+
+
+def test_r53_the_best_possible_reward_is_shown_where_the_function_says_it():
+    rewards = [-1.0, 0.45, 1.2]
+    reward_fn = common.load_reward_function("playground.world:reward", torch.device("cpu"))
+    assert reward_fn.best_possible == max(rewards) == 1.2
+    assert common.load_reward_function("conftest:vowels", "cpu").best_possible is None
+
+
+def test_r53_one_prompt_is_shown_once_and_long_texts_are_cut(capsys):
+    prompts = ["one", "one", "two", "three", "four", "five"]
+    rows = []
+    for prompt in prompts:
+        chat = [{"role": "user", "content": prompt}]
+        rows.append({"prompt": chat, "text": "word\n" * 1000, "finished": True})
+    common.print_samples({"before": rows, "now": rows})
+    text = capsys.readouterr().out
+    shown = [line.strip() for line in text.splitlines() if re.fullmatch(r"  \w+", line)]
+    assert shown == ["one", "two", "three", "four"]
+    assert max(len(line) for line in text.splitlines()) < 350
+
+
+def commands_at_the_end(text: str) -> dict[str, str]:
+    names = ("chat", "use as a reward", "compare", "curves")
+    return {name: fact for name, fact in facts_of(text).items() if name in names}
+
+
+@pytest.mark.parametrize("folder", [ROOT, Path("/")], ids=["project", "elsewhere"])
+def test_r53_the_commands_at_the_end_can_be_typed(folder, run_tiny, checkpoints, capsys):
+    run = run_tiny("adpa", teacher_ref=checkpoints["teacher_ref"])
+    run_tiny("dckd")
+    capsys.readouterr()
+    args = adpa.Args(track="tensorboard")
+    with contextlib.chdir(folder):
+        common.print_end(run, args, 100)
+    commands = commands_at_the_end(capsys.readouterr().out)
+    assert commands.keys() == {"chat", "compare", "curves"}
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for name in ("chat", "compare"):
+        done = subprocess.run(
+            commands[name],
+            shell=True,
+            cwd=folder,
+            env=environment,
+            input="Hello\n",
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+    assert f"{run.parent / 'run1'}" in commands["compare"]  # the other run
+    assert commands["curves"] == f"tensorboard --logdir {run}"
+
+
+def test_r53_everything_can_be_printed_where_there_is_no_utf_8(own_flags, checkpoints, tmp_path):
+    """With letters that ASCII does not have in the data, in a process of its own."""
+    path = own_flags["rm_distiller"]["annotations"]
+    rows = read_jsonl(path)
+    for row in rows:
+        row["refined"] += " \u017elu\u0165ou\u010dk\u00fd \U0001f98a"
+    write_jsonl(path, rows)
+    flags = {
+        **TINY_RUN,
+        **own_flags["rm_distiller"],
+        "student": checkpoints["student"],
+        "teacher": checkpoints["teacher"],
+        "eval_data": path,
+        "reward": "playground.world:reward",
+        "best_of": 0,
+        "output_dir": tmp_path / "run",
+    }
+    done = subprocess.run(
+        [sys.executable, "rm_distiller.py", *command_line(flags)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+    assert rb"\u017elu\u0165ou\u010dk\xfd \U0001f98a" in done.stdout
+
+
+# ------------------------------------------------------------------------------ r54: what is logged
+@every_script_and_baselines
 def test_r54_metrics_begin_with_the_untrained_student(script, run_tiny, own_flags):
     """The curves of all methods start at the same point."""
     run = run_tiny(script, **own_flags[script])
@@ -161,3 +327,28 @@ def test_r54_metrics_begin_with_the_untrained_student(script, run_tiny, own_flag
     else:
         rewards = [row["reward"] for row in read_jsonl(run / "eval_before.jsonl")]
         assert first["eval/reward"] == pytest.approx(sum(rewards) / len(rewards))
+
+
+@pytest.mark.parametrize("script", ["dckd", "rm_distiller"])
+def test_r54_tensorboard_shows_flags_step_0_and_responses(script, run_tiny, own_flags):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = run_tiny(script, **own_flags[script], track="tensorboard")
+    events = EventAccumulator(str(run))
+    events.Reload()
+
+    def texts(tag: str) -> dict[int, str]:
+        shown = events.Tensors(f"{tag}/text_summary")
+        return {event.step: event.tensor_proto.string_val[0].decode() for event in shown}
+
+    assert "--batch_size 8\n" in texts("flags")[0]
+    key = "eval/accuracy" if script == "rm_distiller" else "eval/reward"
+    expected = {row["step"]: row[key] for row in read_jsonl(run / "metrics.jsonl")}
+    logged = {event.step: event.value for event in events.Scalars(key)}
+    assert logged == pytest.approx(expected)
+    if script == "rm_distiller":
+        assert "A thing. indeed" in texts("responses")[0]
+    else:
+        for step, name in ((0, "before"), (1, "after")):
+            first = read_jsonl(run / f"eval_{name}.jsonl")[0]
+            assert common.one_line(first["text"]) in texts("responses")[step]

@@ -219,7 +219,7 @@ def test_r56_rows_whose_prompt_changes_once_answered_are_dropped_and_counted(cha
     error = one_error_line(capsys, encode_pairs, lm, rows[1:])
 
     assert example.row["id"] == "1"
-    assert "pairs: 1 of 4 rows, 3 dropped (refused or changed by the chat template)" in printed
+    assert "1 of 4 rows, 3 dropped (refused or changed by the chat template)" in printed
     assert f"row 2: {lm.path}: its template changes this prompt once it is answered" in printed
     assert "Name two fish." in printed
     assert "pairs: no row left: 0 of 3 rows, 3 dropped" in error
@@ -311,14 +311,14 @@ def test_r58_pairs_that_a_template_makes_equal_are_dropped_and_changes_are_said(
 
     printed = capsys.readouterr().out
     assert example.row["id"] == "2"
-    assert "pairs: 1 of 2 rows, 1 dropped (chosen equals rejected)" in printed
+    assert "1 of 2 rows, 1 dropped (chosen equals rejected)" in printed
     assert f"note: {lm.path} writes 1 responses otherwise, as {difference}" in printed
 
 
 def test_r58_a_template_that_writes_texts_as_they_are_is_passed_over_in_silence(chatml, capsys):
     encode_pairs(chatml(CHATML), [row("\ncod <|im_end|>", "é 🦊  <think>")])
 
-    assert capsys.readouterr().out == "pairs: 1 of 1 rows\n"
+    assert capsys.readouterr().out.split() == ["pairs", "1", "of", "1", "rows"]
 
 
 # -------------------------------------------------------------------- responses keep their tokens
