@@ -71,8 +71,12 @@ from common import (
     pack,
     parse_flags,
     per_token,
+    print_end,
+    print_models,
+    print_plan,
+    print_rewards,
     print_samples,
-    print_summary,
+    print_start,
     read_rows,
     reward_metrics,
     row_numbers,
@@ -471,7 +475,9 @@ def main(args: Args):
 
     # ------------------------------------------------------------------------------ models and data
     device = choose_device(args.device)
+    print_start(run_dir, device, data=args.data, eval_data=args.eval_data)
     student, start, teacher, teacher_ref = load_models(args, device)
+    print_models(student=student, teacher=teacher, teacher_ref=teacher_ref)
     vocab_size = student.vocab_size
     train_rows = read_rows(args.data, args.data_split, columns=(), config=args.data_config)
     eval_rows = read_rows(args.eval_data, args.eval_split, columns=(), config=args.eval_config)
@@ -486,6 +492,7 @@ def main(args: Args):
     examples = encode_rows(student, train_rows, [], args, "training prompts")
     held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")
     eval_rows = [example.row for example in held_out[: args.eval_prompts]]
+    print_plan(args, examples, len(eval_rows))
     models = [student, teacher, teacher_ref]
     begin_run(run_dir, args, models, data=examples, eval_data=held_out)
 
@@ -518,6 +525,7 @@ def main(args: Args):
     metrics = Metrics(run_dir, args, first_step)
     if first_step == 0:
         metrics.log(0, reward_metrics(eval_before))
+        metrics.log_samples(0, eval_before)
 
     # ------------------------------------------------------------------------------------- training
     bar = Bar("training", total_steps, "steps", done=first_step)
@@ -584,6 +592,7 @@ def main(args: Args):
 
     # -------------------------------------------------------------------------------------- results
     eval_after = evaluate_once(student, "after")
+    metrics.log_samples(total_steps, eval_after)
     save_model(student, run_dir / "model")
     results = compare_rewards(eval_before, eval_after, eval_teacher)
     spent = kl_spent(eval_after, student, start, vocab_size, args)
@@ -591,8 +600,10 @@ def main(args: Args):
     results["response_tokens"] = spent["eval/length"]
     results["seconds"] = time.time() - started
     save_summary(run_dir, results, counts, args)
-    print_samples({"before": eval_before, "after": eval_after, "teacher": eval_teacher})
-    print_summary(run_dir, results)
+    evaluations = {"before": eval_before, "now": eval_after, "teacher": eval_teacher}
+    print_samples(evaluations)
+    print_rewards(evaluations, getattr(eval_reward_fn, "best_possible", None))
+    print_end(run_dir, args, results["seconds"])
 
 
 if __name__ == "__main__":
