@@ -23,3 +23,13 @@ def test_all_promises_are_listed_with_tests_that_exist():
             source = (ROOT / "tests" / file).read_text()
             for test in re.findall(r"`(\w+)`", tests):
                 assert f"def {test}(" in source, f"{number}: no {test} in {file}"
+
+
+def test_every_promise_names_the_public_thread_it_came_from_or_says_that_there_is_none():
+    for number, row in rows():
+        promise, _, _ = row.partition(" | ")
+        threads = re.findall(r"\[([\w.-]+)#(\d+)\]\((\S+?)\)", promise)
+        assert bool(threads) != ("found by reading" in promise), number
+        for repository, thread, link in threads:
+            pattern = rf"https://github\.com/[\w.-]+/{repository}/(issues|pull)/{thread}"
+            assert re.fullmatch(pattern, link), f"{number}: {link}"

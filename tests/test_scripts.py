@@ -27,6 +27,7 @@ from conftest import (
     read_jsonl,
     run_script,
     save,
+    training_rows,
 )
 from safetensors.torch import load_file
 
@@ -530,7 +531,7 @@ def test_r21_a_ragged_last_batch_counts_every_example_once(script, tmp_path):
     for size in (10, 4):
         run = tmp_path / f"run{size}"
         assert run_script(script, **flags, batch_size=size, output_dir=run) == 0
-        rows[size] = read_jsonl(run / "metrics.jsonl")
+        rows[size] = training_rows(run)
     epochs = [row["charts/epoch"] for row in rows[4]]
     assert epochs == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
     for epoch in (0, 1):
