@@ -10,7 +10,8 @@ An aligned teacher π_dpo and the model π_ref that it was aligned from give eve
 and the student π_θ learns from the chosen response y_w and from its own earlier response ŷ, whose
 states are ŝ_t = (x, ŷ_<t):
 
-    L = −(1/|y_w|) Σ_t log π_θ(y_w,t|s_t) − γ (1/|ŷ|) Σ_t Σ_a π_θ(a|ŝ_t) A(ŝ_t, a).
+    L = −(1/|y_w|) Σ_t log π_θ(y_w,t|s_t)
+        − γ (1/|ŷ|) Σ_t Σ_a π_θ(a|ŝ_t) A(ŝ_t, a).
 
 |y| counts the end-of-sequence token. L is averaged over the pairs of a step.
 
@@ -29,11 +30,23 @@ evaluation before and after. ADPA+ is the same from a checkpoint of DCKD (dckd.p
 every step instead of once beforehand. The paper's code differs in several points, among them a
 clamp of A to [0, 1]: docs/adpa.md lists them.
 
-    python adpa.py                                  # the playground: a CPU, less than a minute
-    python adpa.py --student allenai/OLMo-2-0425-1B-SFT --teacher allenai/OLMo-2-1124-7B-DPO \
-        --teacher_ref allenai/OLMo-2-1124-7B-SFT --data argilla/dpo-mix-7k \
-        --eval_data argilla/dpo-mix-7k --learning_rate 5e-7 --gamma 1.5 --num_epochs 3 \
-        --batch_size 128 --micro_batch_size 4 --reward <reward model>               # one GPU
+    python adpa.py                     # the toy task: a CPU, less than a minute
+
+    # models and data of the hub, on one GPU of 80 GB
+    python adpa.py --student allenai/OLMo-2-0425-1B-SFT \
+        --teacher allenai/OLMo-2-1124-7B-DPO \
+        --teacher_ref allenai/OLMo-2-1124-7B-SFT \
+        --data argilla/dpo-mix-7k --eval_data argilla/dpo-mix-7k \
+        --reward Skywork/Skywork-Reward-V2-Llama-3.2-1B \
+        --gamma 1.5 --sample_temperature 0 --learning_rate 5e-7 --num_epochs 3 \
+        --batch_size 128 --micro_batch_size 4 --gradient_checkpointing \
+        --sample_batch_size 64 --max_prompt_tokens 1024 \
+        --max_response_tokens 1024
+
+    # data of your own, without a reward
+    python adpa.py --data my.jsonl --eval_data my_test.jsonl --reward none
+    # a run that was interrupted
+    python adpa.py --resume runs/<folder>
 
 Read part 2 of common.py for `pack` and `per_token`. `pack` lists the response tokens alone, each
 with the position before it, which predicts it. So no prompt token reaches a loss, and the shift is

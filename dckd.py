@@ -4,8 +4,9 @@ The student π_θ imitates an aligned teacher π_T on both responses of a prefer
 y_w and the rejected y_l, and is fine-tuned on the chosen one. At every token it is pulled to the
 teacher's whole next-token distribution, by a forward KL at temperature 1. With s_t = (x, y_<t),
 
-    L = −(1/|y_w|) Σ_t log π_θ(y_w,t|s_t) + (α_w/|y_w|) Σ_t KL( π_T(·|s_t) ‖ π_θ(·|s_t) )   on y_w
-                                          + (α_l/|y_l|) Σ_t KL( π_T(·|s_t) ‖ π_θ(·|s_t) )   on y_l.
+    L = −(1/|y_w|) Σ_t log π_θ(y_w,t|s_t)
+        + (α_w/|y_w|) Σ_t KL( π_T(·|s_t) ‖ π_θ(·|s_t) )   on y_w
+        + (α_l/|y_l|) Σ_t KL( π_T(·|s_t) ‖ π_θ(·|s_t) )   on y_l.
 
 |y| counts the end-of-sequence token. L is averaged over the pairs of a step. α_l = 0 is vanilla
 knowledge distillation. α_w = α_l = 0 is SFT on the chosen responses.
@@ -15,11 +16,22 @@ Stages: (1) training; (2) evaluation. ADPA+ starts from the result:
 step. The paper's code distils its 50 likeliest tokens and a bin for all others (`--top_k 50`), and
 never the end-of-turn token: docs/dckd.md lists all departures.
 
-    python dckd.py                                  # the playground: a CPU, less than a minute
-    python dckd.py --student allenai/OLMo-2-0425-1B-SFT --teacher allenai/OLMo-2-1124-7B-DPO \
-        --data argilla/dpo-mix-7k --eval_data argilla/dpo-mix-7k --learning_rate 5e-7 \
-        --num_epochs 3 --batch_size 128 --micro_batch_size 4 --max_prompt_tokens 1024 \
-        --max_response_tokens 1024 --reward <reward model>                          # one GPU
+    python dckd.py                     # the toy task: a CPU, less than a minute
+
+    # models and data of the hub, on one GPU of 80 GB
+    python dckd.py --student allenai/OLMo-2-0425-1B-SFT \
+        --teacher allenai/OLMo-2-1124-7B-DPO \
+        --data argilla/dpo-mix-7k --eval_data argilla/dpo-mix-7k \
+        --reward Skywork/Skywork-Reward-V2-Llama-3.2-1B \
+        --learning_rate 5e-7 --num_epochs 3 \
+        --batch_size 128 --micro_batch_size 4 --gradient_checkpointing \
+        --sample_batch_size 64 --max_prompt_tokens 1024 \
+        --max_response_tokens 1024
+
+    # data of your own, without a reward
+    python dckd.py --data my.jsonl --eval_data my_test.jsonl --reward none
+    # a run that was interrupted
+    python dckd.py --resume runs/<folder>
 
 Read part 2 of common.py for `pack` and `per_token`. `pack` lists the response tokens alone, each
 with the position before it, which predicts it. So no prompt token reaches a loss, and the shift is

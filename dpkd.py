@@ -25,11 +25,22 @@ Stages: (1) the teacher answers every prompt once; (2) training, in which the st
 prompts of some steps at a time; (3) evaluation. Simplified: one GPU, and the teacher runs in every
 step. The paper's code samples nothing in training: docs/dpkd.md lists all departures.
 
-    python dpkd.py                                  # the playground: a CPU, less than a minute
-    python dpkd.py --student allenai/OLMo-2-0425-1B-SFT --teacher allenai/OLMo-2-1124-7B-DPO \
-        --data argilla/dpo-mix-7k --eval_data argilla/dpo-mix-7k --learning_rate 1e-6 \
-        --batch_size 128 --micro_batch_size 4 --sample_batch_size 64 --max_prompt_tokens 1024 \
-        --max_response_tokens 1024 --reward <reward model>                          # one GPU
+    python dpkd.py                     # the toy task: a CPU, less than a minute
+
+    # models and data of the hub, on one GPU of 80 GB
+    python dpkd.py --student allenai/OLMo-2-0425-1B-SFT \
+        --teacher allenai/OLMo-2-1124-7B-DPO \
+        --data argilla/dpo-mix-7k --eval_data argilla/dpo-mix-7k \
+        --reward Skywork/Skywork-Reward-V2-Llama-3.2-1B \
+        --learning_rate 1e-6 \
+        --batch_size 128 --micro_batch_size 4 --gradient_checkpointing \
+        --sample_batch_size 64 --max_prompt_tokens 1024 \
+        --max_response_tokens 1024
+
+    # prompts of your own, without a reward
+    python dpkd.py --data my.jsonl --eval_data my_test.jsonl --reward none
+    # a run that was interrupted
+    python dpkd.py --resume runs/<folder>
 
 Read part 2 of common.py for `pack` and `per_token`. `pack` lists the response tokens alone, each
 with the position before it, which predicts it. So no prompt token reaches a loss, and the shift is

@@ -20,8 +20,9 @@ goes to one of the answers that are left, by a softmax of their scores.
 The student learns the teacher's distribution (the paper's PPD), or only τ*, the teacher's order of
 the answers (its VPD):
 
-    PPD:  L = JSD(P_student, P_teacher) = ½ KL(P_student ‖ M) + ½ KL(P_teacher ‖ M),
-              M = ½ (P_student + P_teacher)
+    PPD:  L = JSD(P_student, P_teacher)
+            = ½ KL(P_student ‖ M) + ½ KL(P_teacher ‖ M)
+              with M = ½ (P_student + P_teacher)
     VPD:  L = −log P_student(τ*).
 
 Stages: (1) the student answers every prompt 5 times, and the n answers that differ most by edit
@@ -32,11 +33,23 @@ and of the steps, and the second time it is the newest student that answers. The
 so its tokenizer need not be the student's. Simplified: one GPU. The paper's code computes another
 divergence: docs/pad.md lists all departures.
 
-    python pad.py                                   # the playground: a CPU, less than a minute
-    python pad.py --student google/gemma-2-2b-it --teacher google/gemma-2-9b-it \
-        --data trl-lib/ultrafeedback-prompt --eval_data trl-lib/ultrafeedback-prompt --max_rows 0 \
-        --num_epochs 1 --batch_size 128 --micro_batch_size 2 --max_response_tokens 1024 \
-        --learning_rate 8e-7 --beta 10 --alpha 0 --reward <reward model>            # one GPU
+    python pad.py                      # the toy task: a CPU, less than a minute
+
+    # models and data of the hub, on one GPU of 80 GB
+    python pad.py --student google/gemma-2-2b-it \
+        --teacher google/gemma-2-9b-it \
+        --data trl-lib/ultrafeedback-prompt --max_rows 0 \
+        --eval_data trl-lib/ultrafeedback-prompt \
+        --reward Skywork/Skywork-Reward-V2-Llama-3.2-1B \
+        --beta 10 --alpha 0 --learning_rate 8e-7 --num_epochs 1 \
+        --batch_size 128 --micro_batch_size 2 --gradient_checkpointing \
+        --sample_batch_size 64 --max_prompt_tokens 1024 \
+        --max_response_tokens 1024
+
+    # prompts of your own, without a reward
+    python pad.py --data my.jsonl --eval_data my_test.jsonl --reward none
+    # a run that was interrupted
+    python pad.py --resume runs/<folder>
 
 Read part 2 of common.py for `pack` and `per_token`. `pack` lists the response tokens alone, each
 with the position before it, which predicts it. So no prompt token reaches a loss, and the shift is

@@ -13,7 +13,7 @@ linear head on the hidden state of an answer's last token. With s_t = (x, y_T,<t
 y_l is the one of the data's two answers that the teacher scores lower, whatever the data says. It
 is edited with y_T as the model of a good answer. In the files the symbols are columns:
 
-    y_l  rejected     y_w  chosen     y_w*  refined     y_T  teacher     m  margin
+    y_l  rejected    y_w  chosen    y_w*  refined    y_T  teacher    m  margin
 
 `--no-refine` takes the better answer y_w as it is for y_w*, and m is what y_w has over y_l.
 `--no-margin` takes Bradley-Terry, −log σ( r(x, y_w*) − r(x, y_l) ), for the first line.
@@ -24,10 +24,20 @@ pairs right, and the reward of the answer that r picks out of several. Simplifie
 κ > 0 the teacher runs in every step. The paper's code pulls every margin to the mean of its batch:
 docs/rm_distiller.md lists all departures.
 
-    python rm_distiller.py                          # the playground: a CPU, about a minute
-    python rm_distiller.py --student Qwen/Qwen2.5-3B-Instruct --teacher Qwen/Qwen2.5-14B-Instruct \
-        --data <pairs> --eval_data <pairs> --learning_rate 1e-5 --micro_batch_size 2 \
-        --max_response_tokens 1024 --max_edit_tokens 2048 --best_of 0               # one GPU
+    python rm_distiller.py             # the toy task: a CPU, about two minutes
+
+    # models and data of the hub, on one GPU of 141 GB
+    python rm_distiller.py --student Qwen/Qwen2.5-3B-Instruct \
+        --teacher Qwen/Qwen2.5-14B-Instruct \
+        --data argilla/dpo-mix-7k --eval_data argilla/dpo-mix-7k --best_of 0 \
+        --learning_rate 1e-5 --micro_batch_size 2 --gradient_checkpointing \
+        --sample_batch_size 64 --max_prompt_tokens 1024 \
+        --max_response_tokens 1024 --max_edit_tokens 2048
+
+    # pairs of your own
+    python rm_distiller.py --data my.jsonl --eval_data my_test.jsonl --best_of 0
+    # a run that was interrupted
+    python rm_distiller.py --resume runs/<folder>
 
 Read part 2 of common.py for `pack` and `per_token`. `pack` lists the response tokens alone, each
 with the position before it, which predicts it. So no prompt token reaches a loss, and the shift is

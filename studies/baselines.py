@@ -34,11 +34,19 @@ from, and stays close to a distribution where ADPA's expectation has no bound.
 Stages: (1) training; (2) evaluation. DPO and SimPO use the teacher only in the evaluation, and only
 AlignDistil uses --teacher_ref.
 
-    python -m studies.baselines --loss dpo          # the playground: a CPU, less than a minute
-    python -m studies.baselines --loss dpo --student allenai/OLMo-2-0425-1B-SFT \
-        --teacher allenai/OLMo-2-1124-7B-DPO --data argilla/dpo-mix-7k \
-        --eval_data argilla/dpo-mix-7k --learning_rate 5e-7 --beta 0.1 --num_epochs 3 \
-        --batch_size 128 --micro_batch_size 4 --reward <reward model>               # one GPU
+    # the toy task: a CPU, less than a minute
+    python -m studies.baselines --loss dpo
+
+    # models and data of the hub, on one GPU of 80 GB
+    python -m studies.baselines --loss dpo \
+        --student allenai/OLMo-2-0425-1B-SFT \
+        --teacher allenai/OLMo-2-1124-7B-DPO \
+        --data argilla/dpo-mix-7k --eval_data argilla/dpo-mix-7k \
+        --reward Skywork/Skywork-Reward-V2-Llama-3.2-1B \
+        --beta 0.1 --learning_rate 5e-7 --num_epochs 3 \
+        --batch_size 128 --micro_batch_size 4 --gradient_checkpointing \
+        --sample_batch_size 64 --max_prompt_tokens 1024 \
+        --max_response_tokens 1024
 
 Read part 2 of common.py for `pack` and `per_token`. `pack` lists the response tokens alone, each
 with the position before it, which predicts it. So no prompt token reaches a loss, and the shift is

@@ -50,6 +50,7 @@ def test_r51_help_shows_the_flags_in_groups_with_those_of_the_method_first(scrip
     text = help_of(script)
     titles = re.findall(r"─ ([a-z ]+) options ─", text)
     assert titles == GROUPS
+    assert max(len(line) for line in text.splitlines()) <= 80
     names = [flag.name for flag in dataclasses.fields(module.Args)]
     assert flags_in(text) == names
     panels = text.split(" options ─")[-4:]
