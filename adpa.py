@@ -73,6 +73,7 @@ from common import (
     cached_map,
     check_flags,
     check_not_empty,
+    check_own_data,
     choose_device,
     compare_rewards,
     encode_rows,
@@ -362,17 +363,18 @@ def main(args: Args):
     # ------------------------------------------------------------------------------ models and data
     device = choose_device(args.device)
     print_start(run_dir, device, data=args.data, eval_data=args.eval_data)
+    columns = ["chosen", "rejected"] if args.states == "rejected" else ["chosen"]
+    train_rows = read_rows(args.data, args.data_split, columns=columns, config=args.data_config)
+    eval_rows = read_rows(args.eval_data, args.eval_split, columns=(), config=args.eval_config)
+    check_own_data(args, train_rows, eval_rows)
+    reward_fn = load_reward_function(
+        args.reward, device, args.trust_remote_code, label=args.reward_label, rows=eval_rows
+    )
     student, teacher, teacher_ref = load_models(args, device)
     print_models(student=student, teacher=teacher, teacher_ref=teacher_ref)
     vocab_size = shared_vocab_size(student, teacher)
     if teacher_ref is not None:
         vocab_size = min(vocab_size, shared_vocab_size(student, teacher_ref))
-    columns = ["chosen", "rejected"] if args.states == "rejected" else ["chosen"]
-    train_rows = read_rows(args.data, args.data_split, columns=columns, config=args.data_config)
-    eval_rows = read_rows(args.eval_data, args.eval_split, columns=(), config=args.eval_config)
-    reward_fn = load_reward_function(
-        args.reward, device, args.trust_remote_code, label=args.reward_label, rows=eval_rows
-    )
     encoded = {}  # token ids of prompts and texts, so that none is encoded twice
     answered = encode_rows(student, train_rows, columns, args, "training rows", encoded)
     held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")

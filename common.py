@@ -1232,6 +1232,7 @@ def load_reward_function(
         columns = other_columns(rows)
         if rows:
             check_parameters(function, columns, spec)
+            check_prompts(function, rows, spec)
         score = partial(call_reward_function, function, columns)
         best_possible = getattr(function, "best_possible", None)
     else:
@@ -1385,6 +1386,45 @@ def check_parameters(function, columns: list[str], spec: str):
         is_variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if not is_variable and parameter.default is parameter.empty and name not in given:
             stop(f"--reward {spec} needs {name}=, but is given {', '.join(given)}")
+
+
+def check_prompts(function, rows: Sequence[dict], spec: str):
+    """Ends the program if a reward function says, by a function `can_judge` that it has as an
+    attribute, that it cannot judge responses to some prompt."""
+    can_judge = getattr(function, "can_judge", None)
+    if can_judge is None:
+        return
+    refused = [row for row in rows if not can_judge(row["prompt"])]
+    if refused:
+        text = prompt_text(refused[0]["prompt"])[:100]
+        stop(
+            f"--reward {spec} cannot judge {len(refused)} of {len(rows)} held-out prompts, as "
+            f"{text!r}: pass --reward none, a function of your own (file.py:function) or a reward "
+            "model"
+        )
+
+
+def check_own_data(args, train_rows: list[dict], eval_rows: list[dict]):
+    """Ends the program if data of the user's own would be evaluated on the playground's.
+
+    Data is the playground's if its reward can read at least half of the prompts, so a copy or a
+    slice of it is. A copy of the scripts without the playground has nothing to check.
+    """
+    try:
+        can_judge = importlib.import_module("playground.world").can_judge
+    except ModuleNotFoundError:
+        return
+
+    def is_playground(rows: list[dict]) -> bool:
+        readable = [row for row in rows if can_judge(row["prompt"])]
+        return 2 * len(readable) >= len(rows)
+
+    if is_playground(eval_rows) and not is_playground(train_rows):
+        stop(
+            f"--eval_data {args.eval_data} is the playground's, but the training data is not: pass "
+            "--eval_data with prompts of your own, and --reward none, a function of your own "
+            "(file.py:function) or a reward model"
+        )
 
 
 def load_reward_model(

@@ -72,6 +72,7 @@ from common import (
     cached_map,
     check_flags,
     check_not_empty,
+    check_own_data,
     choose_device,
     compare_rewards,
     encode_rows,
@@ -485,14 +486,15 @@ def main(args: Args):
     # ------------------------------------------------------------------------------ models and data
     device = choose_device(args.device)
     print_start(run_dir, device, data=args.data, eval_data=args.eval_data)
-    student, teacher = load_models(args, device)
-    print_models(student=student, teacher=teacher)
-    vocab_size = shared_vocab_size(student, teacher)
     train_rows = read_rows(args.data, args.data_split, columns=(), config=args.data_config)
     eval_rows = read_rows(args.eval_data, args.eval_split, columns=(), config=args.eval_config)
+    check_own_data(args, train_rows, eval_rows)
     reward_fn = load_reward_function(
         args.reward, device, args.trust_remote_code, label=args.reward_label, rows=eval_rows
     )
+    student, teacher = load_models(args, device)
+    print_models(student=student, teacher=teacher)
+    vocab_size = shared_vocab_size(student, teacher)
     encoded = {}  # token ids of prompts, so that none is encoded twice
     prompts = encode_rows(student, train_rows, [], args, "training prompts", encoded)
     held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")

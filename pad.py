@@ -78,6 +78,7 @@ from common import (
     begin_run,
     cached_map,
     check_flags,
+    check_own_data,
     choose_device,
     compare_rewards,
     encode_rows,
@@ -726,16 +727,17 @@ def main(args: Args):
     # ------------------------------------------------------------------------------ models and data
     device = choose_device(args.device)
     print_start(run_dir, device, data=args.scores or args.data, eval_data=args.eval_data)
-    student, teacher = load_models(args, device)
-    print_models(student=student, teacher=teacher)
     source = args.scores or args.data
     train_rows = read_rows(source, args.data_split, columns=(), config=args.data_config)
     if args.max_rows:
         train_rows = train_rows[: args.max_rows]
     eval_rows = read_rows(args.eval_data, args.eval_split, columns=(), config=args.eval_config)
+    check_own_data(args, train_rows, eval_rows)
     reward_fn = load_reward_function(
         args.reward, device, args.trust_remote_code, label=args.reward_label, rows=eval_rows
     )
+    student, teacher = load_models(args, device)
+    print_models(student=student, teacher=teacher)
     encoded = {}  # token ids of prompts, so that none is encoded twice
     prompts = encode_rows(student, train_rows, [], args, "training prompts", encoded)
     held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")

@@ -72,6 +72,7 @@ from common import (
     begin_run,
     cached_map,
     check_flags,
+    check_own_data,
     choose_device,
     encode_rows,
     exit_in_one_line,
@@ -1040,6 +1041,17 @@ def main(args: Args):
     # ------------------------------------------------------------------------------ models and data
     device = choose_device(args.device)
     print_start(run_dir, device, data=args.annotations or args.data, eval_data=args.eval_data)
+    if args.annotations:
+        rows = read_annotations(args)
+    else:
+        rows = read_rows(args.data, args.data_split, config=args.data_config)
+    eval_rows = read_rows(args.eval_data, args.eval_split, config=args.eval_config)
+    check_own_data(args, rows, eval_rows)
+    reward_fn = None  # of the best of n
+    if args.best_of:
+        reward_fn = load_reward_function(
+            args.reward, device, args.trust_remote_code, label=args.reward_label, rows=eval_rows
+        )
     student, teacher = load_models(args, device)
     print_models(student=student, teacher=teacher)
     vocab_size = student.vocab_size
@@ -1047,24 +1059,12 @@ def main(args: Args):
         vocab_size = shared_vocab_size(student, teacher, "take --kl_coef 0 --nll_coef 1")
     encoded = {}  # token ids of prompts and texts, so that none is encoded twice
     if args.annotations:
-        rows = read_annotations(args)
         sources = {"annotations": [Example(row, [], []) for row in rows]}
     else:
-        rows = read_rows(args.data, args.data_split, config=args.data_config)
         columns = ["chosen", "rejected"]
         pairs = encode_rows(student, rows, columns, args, "training pairs", encoded)
         rows = [example.row for example in pairs]
         sources = {"data": pairs}
-    eval_rows = read_rows(args.eval_data, args.eval_split, config=args.eval_config)
-    reward_fn = None  # of the best of n
-    if args.best_of:
-        reward_fn = load_reward_function(
-            args.reward,
-            device,
-            args.trust_remote_code,
-            label=args.reward_label,
-            rows=eval_rows,
-        )
     held_out = encode_rows(student, eval_rows, ["chosen", "rejected"], args, "held-out pairs")
     print_plan(args, rows, len(held_out))
     begin_run(run_dir, args, [student, teacher], **sources, eval_data=held_out)

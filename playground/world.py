@@ -131,6 +131,15 @@ def read_request(prompt) -> Request:
     )
 
 
+def can_judge(prompt) -> bool:
+    """Whether a prompt makes a request of the playground."""
+    try:
+        read_request(prompt)
+    except ValueError:
+        return False
+    return True
+
+
 @dataclass
 class Verdict:
     """What was found in an answer. `faults[i]` is None if `words[i]` is right, and otherwise
@@ -202,6 +211,8 @@ def reward(prompts: list, completions: list, **columns) -> list[float]:
 
 
 reward.best_possible = 1.2  # shown at the end of a run
+# Scripts ask it about all prompts before any work.
+reward.can_judge = can_judge
 
 
 def score(value: float) -> int:

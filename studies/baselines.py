@@ -73,6 +73,7 @@ from common import (
     begin_run,
     cached_map,
     check_flags,
+    check_own_data,
     choose_device,
     compare_rewards,
     encode_rows,
@@ -466,18 +467,19 @@ def main(args: Args):
     # ------------------------------------------------------------------------------ models and data
     device = choose_device(args.device)
     print_start(run_dir, device, data=args.data, eval_data=args.eval_data)
+    columns = COLUMNS[args.loss]
+    train_rows = read_rows(args.data, args.data_split, columns=columns, config=args.data_config)
+    eval_rows = read_rows(args.eval_data, args.eval_split, columns=(), config=args.eval_config)
+    check_own_data(args, train_rows, eval_rows)
+    reward_fn = load_reward_function(
+        args.reward, device, args.trust_remote_code, label=args.reward_label, rows=eval_rows
+    )
     student, teacher, reference = load_models(args, device)
     print_models(student=student, teacher=teacher, reference=reference)
     vocab_size = student.vocab_size
     teachers = distilled_models(teacher, reference, args.loss)
     for lm in teachers:
         vocab_size = min(vocab_size, shared_vocab_size(student, lm))
-    columns = COLUMNS[args.loss]
-    train_rows = read_rows(args.data, args.data_split, columns=columns, config=args.data_config)
-    eval_rows = read_rows(args.eval_data, args.eval_split, columns=(), config=args.eval_config)
-    reward_fn = load_reward_function(
-        args.reward, device, args.trust_remote_code, label=args.reward_label, rows=eval_rows
-    )
     examples = encode_rows(student, train_rows, columns, args, "training rows")
     held_out = encode_rows(student, eval_rows, [], args, "held-out prompts")
     eval_rows = [example.row for example in held_out[: args.eval_prompts]]

@@ -12,6 +12,7 @@ import torch
 from conftest import (
     SCRIPTS,
     TINY_RUN,
+    first_rows,
     one_error_line,
     read_jsonl,
     run_script,
@@ -644,3 +645,67 @@ def test_r69_a_baseline_without_reward_trains_and_saves(checkpoints, pairs, tmp_
 
     assert code == 0
     check_run_without_reward(run)
+
+
+# ------------------------------------------------------------ own data on the playground
+EVERY_SCRIPT = [*SCRIPTS, "studies/baselines"]
+PASS_EVAL_DATA = "pass --eval_data with prompts of your own, and --reward none"
+CANNOT_JUDGE = "cannot judge 8 of 8 held-out prompts"
+NO_MODEL = "cannot load a model with tokenizer from /no/"
+
+
+@pytest.fixture
+def refusal(pairs, tmp_path, capsys):
+    """refusal(script, **flags) is the line with which a script ends that has no models to load. A
+    value "own" stands for data of the user's own, "copy" for rows of the playground elsewhere."""
+    copies = {
+        "data": first_rows("train", 20, tmp_path),
+        "eval_data": first_rows("rm_test", 20, tmp_path),
+    }
+
+    def run(script: str, **flags) -> str:
+        for name, value in flags.items():
+            if value == "own":
+                flags[name] = pairs
+            elif value == "copy":
+                flags[name] = copies[name]
+        models = {"student": "/no/student", "teacher": "/no/teacher"}
+        capsys.readouterr()
+        assert run_script(script, **models, output_dir=tmp_path / "run", **flags) == 2
+        assert not (tmp_path / "run").exists()
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("script", EVERY_SCRIPT)
+def test_r69_own_data_is_not_evaluated_on_the_playground(script, refusal):
+    assert PASS_EVAL_DATA in refusal(script, data="own")
+    assert PASS_EVAL_DATA in refusal(script, data="own", reward="none")
+    assert PASS_EVAL_DATA in refusal(script, data="own", eval_data="copy")
+    error = refusal(script, data="own", eval_data="own")
+    assert CANNOT_JUDGE in error
+    assert "pass --reward none, a function of your own (file.py:function)" in error
+    assert CANNOT_JUDGE in refusal(script, eval_data="own")
+
+
+@pytest.mark.parametrize("script", EVERY_SCRIPT)
+def test_r69_own_data_with_what_it_needs_and_the_playgrounds_rows_elsewhere_are_taken(
+    script, refusal
+):
+    assert NO_MODEL in refusal(script, data="own", eval_data="own", reward="none")
+    assert NO_MODEL in refusal(script, data="own", eval_data="own", reward="conftest:vowels")
+    assert NO_MODEL in refusal(script, data="copy")
+    assert NO_MODEL in refusal(script, data="copy", eval_data="copy")
+    assert NO_MODEL in refusal(script)
+
+
+def test_r69_a_run_that_uses_no_reward_needs_none(refusal):
+    assert NO_MODEL in refusal("rm_distiller", data="own", eval_data="own", best_of=0)
+    assert CANNOT_JUDGE in refusal("rm_distiller", data="own", eval_data="own", best_of=4)
+
+
+def test_r69_a_copy_of_the_scripts_needs_no_playground(refusal, monkeypatch):
+    monkeypatch.setitem(sys.modules, "playground.world", None)
+
+    assert NO_MODEL in refusal("dckd", data="own", eval_data="own", reward="none")

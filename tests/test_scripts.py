@@ -442,14 +442,15 @@ def test_r46_a_run_that_does_not_exist_is_not_resumed(script, capsys):
 
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in OTHER_RESULTS])
 def test_a_reward_function_that_raises_keeps_its_traceback(script, tmp_path):
-    """The playground's reward cannot read other requests. It says what to do about that."""
-    unknown = '{"prompt": "Who are you?", "chosen": "Nobody.", "rejected": "cod."}'
     flags = {**flags_of(script, tmp_path), **FEW, "output_dir": tmp_path / "run"}
-    flags["eval_data"] = write_lines(tmp_path / "eval.jsonl", unknown)
-    with pytest.raises(ValueError, match="--reward") as raised:
-        run_script(script, **flags)
-    assert raised.traceback[-1].path.name == "world.py"
-    assert "--reward playground.world:reward" in " ".join(raised.value.__notes__)
+    with pytest.raises(ZeroDivisionError) as raised:
+        run_script(script, **flags, reward="test_scripts:raises")
+    assert raised.traceback[-1].name == "raises"
+    assert "--reward test_scripts:raises" in " ".join(raised.value.__notes__)
+
+
+def raises(prompts, responses):
+    return 1 / 0
 
 
 @every_script
