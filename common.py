@@ -1398,7 +1398,7 @@ def check_prompts(function, rows: Sequence[dict], spec: str):
     if refused:
         text = prompt_text(refused[0]["prompt"])[:100]
         stop(
-            f"--reward {spec} cannot judge {len(refused)} of {len(rows)} held-out prompts, as "
+            f"--reward {spec} cannot judge {len(refused)} of {len(rows)} prompts, as "
             f"{text!r}: pass --reward none, a function of your own (file.py:function) or a reward "
             "model"
         )

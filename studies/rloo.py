@@ -61,6 +61,7 @@ from common import (
     begin_run,
     cached_map,
     check_flags,
+    check_own_data,
     choose_device,
     compare_rewards,
     encode_rows,
@@ -481,6 +482,7 @@ def main(args: Args):
     vocab_size = student.vocab_size
     train_rows = read_rows(args.data, args.data_split, columns=(), config=args.data_config)
     eval_rows = read_rows(args.eval_data, args.eval_split, columns=(), config=args.eval_config)
+    check_own_data(args, train_rows, eval_rows)
     judge = load_judge(train_rows, device, student, teacher, teacher_ref, args)
     eval_reward_fn = load_reward_function(
         args.eval_reward or args.reward,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
+    ROOT,
     SCRIPTS,
     TINY_RUN,
     first_rows,
@@ -205,6 +206,19 @@ def test_r67_the_playgrounds_reward_is_one_of_trl(tmp_path):
 
     assert reward([prompt, prompt], texts) == [1.0, 0.5]
     assert reward(prompts=[prompt, prompt], completions=texts, level=[1, 2]) == [1.0, 0.5]
+
+
+def test_r67_the_readmes_functions_of_both_conventions_run(tmp_path):
+    blocks = re.findall(r"```python\n(def \w+\(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (tmp_path / "rewards.py").write_text("\n\n".join(blocks))
+    rows = judged_rows(tmp_path, TEXT_ROW, CHAT_ROW)
+    texts = ["It is a coin.", "Nothing."]
+
+    long = load_reward_function(f"{tmp_path}/rewards.py:long", CPU, rows=rows)
+    right = load_reward_function(f"{tmp_path}/rewards.py:right", CPU, rows=rows)
+
+    assert long(rows, texts) == [13.0, 8.0]
+    assert right(rows, texts) == [1.0, 0.0]
 
 
 # ----------------------------------------------------------------------------- where functions lie
@@ -650,7 +664,7 @@ def test_r69_a_baseline_without_reward_trains_and_saves(checkpoints, pairs, tmp_
 # ------------------------------------------------------------ own data on the playground
 EVERY_SCRIPT = [*SCRIPTS, "studies/baselines"]
 PASS_EVAL_DATA = "pass --eval_data with prompts of your own, and --reward none"
-CANNOT_JUDGE = "cannot judge 8 of 8 held-out prompts"
+CANNOT_JUDGE = "cannot judge 8 of 8 prompts"
 NO_MODEL = "cannot load a model with tokenizer from /no/"
 
 
