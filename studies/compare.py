@@ -5,8 +5,10 @@
     python -m studies.compare --report                                   # all, and all pages anew
 
 A run is a process that executes its real script, two at a time. A run that is finished is not made
-again, so a study that was interrupted goes on with the same command. At the end there is a table:
-means over seeds ± standard errors.
+again, so a study that was interrupted goes on with the same command. The model that a run ends with
+is judged on 4,096 sampled responses to all different held-out requests (`studies.measure`), since
+the 256 of a run are too few to tell methods apart. At the end there is a table: means over seeds ±
+standard errors.
 
 With `--report` docs/results.json gets every run's command, seed, summary and curves. From that file
 alone come the tables (with paired tests) between the `<!-- results:… -->` marks of README.md and
@@ -24,7 +26,6 @@ This file has six parts:
 """
 
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -34,6 +35,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from bisect import bisect_left, bisect_right
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,6 +65,8 @@ class Args:
     """runs at a time, one CPU core each"""
     only: str = ""
     """only runs whose name matches this regular expression, and what they need"""
+    responses: int = 4096
+    """sampled responses on which a final model is judged; 0 leaves it at those of the run itself"""
     add: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     """a run of yours besides: name="fork.py --flag value"; may be given several times"""
     report: bool = False
@@ -79,24 +83,39 @@ TUNED = " --kl_rejected 0 --learning_rate 3e-3"
 ANNOTATED = "rm_distiller.py --annotations {rm}/annotations.jsonl"
 # PAD's variants that differ only after the judgement take the answers and judgements of `pad`.
 SCORED = "pad.py --scores {pad}/scores_1.jsonl"
+RELEASED_PAD = "-m studies.released pad --scores {pad}/scores_1.jsonl"
+# Half of the scripts' steps: each of them samples and judges four responses a prompt.
+RLOO = "-m studies.rloo --max_steps 126" + SHORT
+ORACLE = " --eval_reward playground.world:reward"
 
 # The command of every run, by its name. `{name}` is the folder of that run with the same seed, and
 # `{file:name}` is a data file that a function of DATA_FILES makes from that run. A run waits for
 # the runs that it names, and stands behind them.
 RUNS = {
+    # What was there before training. These are not trained, only judged.
+    "student": "-m studies.measure playground/student",
+    "teacher": "-m studies.measure playground/teacher",
+    "teacher_ref": "-m studies.measure playground/teacher_ref",
     # The ADPA paper: baselines, DCKD, ADPA.
     "dpo_student": "-m studies.baselines --loss dpo",
+    "dpo_large": "-m studies.baselines --loss dpo --student playground/teacher_ref",
     "sft": "dckd.py --kl_chosen 0 --kl_rejected 0",
     "vanilla_kd": "dckd.py --kl_rejected 0",
     "dckd": "dckd.py",
     "adpa": "adpa.py",
     "adpa_plus": "adpa.py --student {dckd}/model",
     "adpa_no_reference": "adpa.py --teacher_ref none",
-    "adpa_released_clip": "adpa.py --advantage_clip 1e-8 0.99999999",
+    "adpa_released": "-m studies.released adpa",
+    "adpa_states_chosen": "adpa.py --states chosen",
+    "adpa_states_rejected": "adpa.py --states rejected",
+    "adpa_states_teacher": "adpa.py --states teacher",
     "adpa_greedy": "adpa.py --sample_temperature 0",
     "adpa_gamma_0.1": "adpa.py --gamma 0.1" + SHORT,
     "adpa_gamma_2": "adpa.py --gamma 2" + SHORT,
     "adpa_gamma_4": "adpa.py --gamma 4" + SHORT,
+    "dppo_sequence": "-m studies.rloo --max_steps 126 --credit implicit" + SHORT,
+    "dppo_token": "-m studies.rloo --max_steps 126 --credit implicit_tokens" + SHORT,
+    "aligndistil": "-m studies.baselines --loss aligndistil",
     # The DPKD paper: baselines on all answers of the teacher (2,000), then on few (60) with equal
     # data and steps.
     "dpkd": "dpkd.py",
@@ -104,10 +123,13 @@ RUNS = {
     "dpkd_summed": "dpkd.py --no-length_normalize",
     "dpkd_beta_0.1": "dpkd.py --beta 0.1",
     "dpkd_beta_2": "dpkd.py --beta 2",
-    "dpkd_released": "-m studies.released dpkd",
+    "dpkd_beta_7": "dpkd.py --beta 7",
+    "dpkd_released": "-m studies.released dpkd --data {teacher_answers:dpkd}",
     "seqkd": "dckd.py --data {teacher_answers:dpkd} --kl_chosen 0" + TUNED,
     "kd": "dckd.py --data {teacher_answers:dpkd} --kl_chosen 1" + TUNED,
+    "kd_data": "-m studies.baselines --loss kd",
     "reverse_kl": "-m studies.baselines --loss reverse_kl",
+    "gkd": "-m studies.baselines --loss gkd",
     "dpkd_60": "dpkd.py --teacher_answers 60 --max_steps 252" + SHORT,
     "seqkd_60": (
         "dckd.py --data {teacher_answers:dpkd_60} --kl_chosen 0"
@@ -134,7 +156,12 @@ RUNS = {
     "pad_swapped": "pad.py --swap_order",
     "pad_dpo": "-m studies.baselines --loss dpo --data {best_and_worst:pad}",
     "pad_simpo": "-m studies.baselines --loss simpo --data {best_and_worst:pad}",
-    "pad_released": "-m studies.released pad --scores {pad}/scores_1.jsonl",
+    # One prompt in a forward pass, as in the released configuration, and two, as in its log. Then
+    # its α and β, with its divergence and with the JSD.
+    "pad_released": RELEASED_PAD,
+    "pad_released_2": RELEASED_PAD + " --micro_batch_size 2" + SHORT,
+    "pad_released_alpha_0": RELEASED_PAD + " --alpha 0 --beta 10" + SHORT,
+    "pad_judgement_beta_10": SCORED + " --alpha 0 --beta 10" + SHORT,
     # The RM-Distiller paper.
     "rm": "rm_distiller.py",
     "rm_bt_plain": ANNOTATED + " --no-refine --no-margin --kl_coef 0",
@@ -143,7 +170,15 @@ RUNS = {
     "rm_margin_refined": ANNOTATED + " --kl_coef 0",
     "rm_released": "-m studies.released rm_distiller --annotations {rm}/annotations.jsonl",
 }
+# Reinforcement learning with the oracle and with two reward models, at several prices of KL.
+KL_WEIGHTS = [0.03, 0.1, 0.3, 1]
+for kl_coef in KL_WEIGHTS:
+    price = f" --kl_coef {kl_coef}"
+    RUNS[f"rloo_oracle_{kl_coef}"] = RLOO + price
+    RUNS[f"rloo_rm_{kl_coef}"] = RLOO + price + " --reward {rm}/model" + ORACLE
+    RUNS[f"rloo_bt_{kl_coef}"] = RLOO + price + " --reward {rm_bt_plain}/model" + ORACLE
 README_RUNS = ["dpo_student", "sft", "vanilla_kd", "dckd", "adpa", "adpa_plus", "pad", "dpkd"]
+README_RUNS += ["reverse_kl"]
 PLACEHOLDER = re.compile(r"{(?:(\w+):)?(\w+)}")
 
 
@@ -247,7 +282,8 @@ def complete_command(name: str, seed: int, output_dir: Path) -> str:
 
 def is_finished(run: Path, log: Path, command: str) -> bool:
     """Whether a run was made to its end with this command, which is the first line of its log."""
-    if not (run / "summary.json").exists() or not log.exists():
+    is_there = (run / "summary.json").exists() or (run / MEASURED).exists()
+    if not is_there or not log.exists():
         return False
     return log.read_text().partition("\n")[0] == command
 
@@ -268,9 +304,13 @@ def execute(name: str, seed: int, output_dir: Path):
     if is_finished(run, log, command):
         return
     remove_run(run, output_dir)
-    with log.open("w") as file:
-        file.write(command + "\n")
-        file.flush()
+    log.write_text(command + "\n")
+    run_process(command, log)
+
+
+def run_process(command: str, log: Path):
+    """Runs a command with its output behind what stands in the log. An error ends the study."""
+    with log.open("a") as file:
         process = subprocess.run(
             [sys.executable, *shlex.split(command)],
             cwd=ROOT,
@@ -282,7 +322,39 @@ def execute(name: str, seed: int, output_dir: Path):
         )
     if process.returncode:
         last_line = log.read_text().rstrip().rpartition("\n")[2]
-        raise SystemExit(f"{name} with seed {seed} failed: see {log}, which ends in: {last_line}")
+        raise SystemExit(f"{log.stem} failed: see {log}, which ends in: {last_line}")
+
+
+MEASURED = "measured.json"
+# How a run judges responses, in which it is followed: flag of studies.measure, flag of the script.
+JUDGED_BY = ["eval_data", "eval_config", "eval_split", "reward", "reward_label"]
+JUDGED_BY += ["max_response_tokens"]
+
+
+def measure(name: str, seed: int, output_dir: Path, responses: int):
+    """Judges the model that a run ended with on many responses, unless that was done. Reward models
+    are left out, and so are runs without a reward."""
+    run = run_folder(output_dir, name, seed)
+    summary = run / "summary.json"
+    if (run / MEASURED).exists() or not summary.exists() or not (run / "model").exists():
+        return
+    if "reward_after" not in json.loads(summary.read_text()):
+        return
+    args = json.loads((run / "args.json").read_text())
+    args["reward"] = args.get("eval_reward") or args["reward"]
+    words = ["-m", "studies.measure", str(run / "model"), "--output_dir", str(run)]
+    words += ["--seed", str(seed), "--responses", str(responses)]
+    for flag in JUDGED_BY:
+        if args[flag] != "":
+            words += [f"--{flag}", str(args[flag])]
+    run_process(shlex.join(words), output_dir / f"{run.name}.log")
+
+
+def make(name: str, seed: int, output_dir: Path, responses: int):
+    """Makes one run, and judges its model on so many responses unless it is 0."""
+    execute(name, seed, output_dir)
+    if responses:
+        measure(name, seed, output_dir, responses)
 
 
 def python_path() -> str:
@@ -299,9 +371,18 @@ def first_ready(waiting: list[tuple], finished: set[tuple]) -> tuple[str, int] |
     return None
 
 
-def execute_all(names: list[str], seeds: range, output_dir: Path, at_once: int):
-    """Makes the runs of all names and seeds, `at_once` at a time, always the first that is ready.
-    The first run that fails ends all: no other is begun."""
+def execute_all(
+    names: list[str],
+    seeds: range,
+    output_dir: Path,
+    at_once: int,
+    *,
+    responses: int = 0,
+    after_each=None,
+):
+    """Makes the runs of all names and seeds, `at_once` at a time, always the first that is ready,
+    and judges their models on so many responses. After each, after_each() is called. The first run
+    that fails ends all: no other is begun."""
     output_dir.mkdir(parents=True, exist_ok=True)
     waiting = []
     for seed in seeds:
@@ -315,7 +396,7 @@ def execute_all(names: list[str], seeds: range, output_dir: Path, at_once: int):
             while ready is not None and len(running) < at_once:
                 waiting.remove(ready)
                 name, seed = ready
-                running[pool.submit(execute, name, seed, output_dir)] = ready
+                running[pool.submit(make, name, seed, output_dir, responses)] = ready
                 ready = first_ready(waiting, finished)
             if not running:
                 raise ValueError(f"what these need is not among the names: {waiting}")
@@ -324,6 +405,8 @@ def execute_all(names: list[str], seeds: range, output_dir: Path, at_once: int):
                 future.result()  # raises what ended a run that failed
                 finished.add(running.pop(future))
                 progress.update()
+            if after_each is not None:
+                after_each()
 
 
 # ------------------------------------------------------------------------------------------ results
@@ -338,6 +421,8 @@ def collect(names: list[str], seeds: range, output_dir: Path) -> dict:
         for seed in seeds:
             run = run_folder(output_dir, name, seed)
             entry = {"seed": seed, **read_run(run)}
+            if (run / MEASURED).exists():
+                entry.update(read_measured(run, run_folder(output_dir, "student", seed)))
             if name == "pad":
                 entry.update(score_quality(run))
             entries.append(entry)
@@ -346,7 +431,10 @@ def collect(names: list[str], seeds: range, output_dir: Path) -> dict:
 
 
 def read_run(run: Path) -> dict:
-    """The summary of a run, and its curves as points [step, tokens trained on, value]."""
+    """The summary of a run, and its curves as points [step, tokens trained on, value]. What is only
+    measured, because nothing is trained, has neither."""
+    if not (run / "summary.json").exists():
+        return {"seconds": json.loads((run / "timings.json").read_text())["measured"]}
     entry = json.loads((run / "summary.json").read_text())
     # A reward model's accuracy on each kind of pair is (share, standard error, count).
     accuracies = entry.pop("accuracy", {})
@@ -362,6 +450,20 @@ def read_run(run: Path) -> dict:
                 points.append([row["step"], row.get("charts/tokens", 0), row[key]])
         if points:
             entry["curves"][key] = points
+    return entry
+
+
+def read_measured(run: Path, student: Path) -> dict:
+    """The reward of a run's final model, measured on many responses, in place of the run's own. And
+    how often it beats the untrained student, if that was measured with the same seed."""
+    measured = json.loads((run / MEASURED).read_text())
+    entry = {"reward_after": measured["reward"], "measured": measured}
+    opponent = student / "measured.jsonl"
+    if opponent.exists() and student != run:
+        rows = read_jsonl(run / "measured.jsonl")
+        opponent_rows = read_jsonl(opponent)
+        if [row["prompt"] for row in rows] == [row["prompt"] for row in opponent_rows]:
+            entry["win_rate"] = win_rate(rows, opponent_rows)
     return entry
 
 
@@ -395,13 +497,18 @@ def score_quality(run: Path) -> dict[str, float]:
 
 
 def values(results: dict, name: str, key: str = "reward_after") -> list[float]:
-    """One value a seed, in the seeds' order. The untrained "student" and the "teacher" are no runs:
-    every run measures them, and here they are read from ADPA's."""
-    if name == "student":
+    """One value a seed, in the seeds' order. Every run judges the untrained "student" and the
+    "teacher" as well. They are read from ADPA's where they were not measured by themselves."""
+    if name == "student" and name not in results:
         return values(results, "adpa", "reward_before")
-    if name == "teacher":
+    if name == "teacher" and name not in results:
         return values(results, "adpa", "reward_teacher")
     return [run[key] for run in results[name]["runs"]]
+
+
+def is_measured(results: dict, *names: str) -> bool:
+    """Whether there are results of all these runs. A row without is left out of its table."""
+    return all(name in results or name in ("student", "teacher") for name in names)
 
 
 # --------------------------------------------------------------------------------------- statistics
@@ -420,28 +527,47 @@ def mean_and_error(numbers: list[float], digits: int = 3) -> str:
     return text
 
 
-def sign_flip_test(differences: list[float]) -> float:
-    """One-sided p of paired differences, by the exact sign-flip test.
+def win_rate(measured: list[dict], opponent: list[dict]) -> float:
+    """How often a response of a model has a higher reward than one of its opponent to the same
+    prompt, a tie being half a win: over all pairs of their responses, mean over prompts.
 
-    If there were no difference, every pattern of signs would be as likely as the one that was
-    measured. p is the share of the 2^n patterns whose sum is at least as large. With five seeds it
-    is never below 1/32.
+    Example: rewards of (1, 3) against (1, 2) win in 1 > 1? ½, 1 > 2? 0, 3 > 1? 1, 3 > 2? 1: 0.625.
     """
-    patterns = list(itertools.product((1, -1), repeat=len(differences)))
-    at_least_as_large = 0
-    for signs in patterns:
-        flipped = [sign * difference for sign, difference in zip(signs, differences)]
-        # Equal sums may differ in their last digits.
-        if sum(flipped) >= sum(differences) - 1e-12:
-            at_least_as_large += 1
-    return at_least_as_large / len(patterns)
+    rates = []
+    for row, other in zip(measured, opponent, strict=True):
+        rewards = sorted(other["rewards"])
+        wins = 0.0
+        for reward in row["rewards"]:
+            lower = bisect_left(rewards, reward)
+            equal = bisect_right(rewards, reward) - lower
+            wins += lower + equal / 2
+        rates.append(wins / (len(rewards) * len(row["rewards"])))
+    return statistics.mean(rates)
+
+
+# The 97.5 % point of Student's t with 1, 2, ... degrees of freedom.
+T_POINTS = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179]
+T_POINTS += [2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064]
+
+
+def half_width(differences: list[float]) -> float:
+    """Of the 95 % interval of a mean, mean ± t s/√n. It has no bound for a single number.
+
+    Example: 1, 2 and 3 have s = 1, and 4.303/√3 = 2.484.
+    """
+    if len(differences) == 1:
+        return math.inf
+    degrees = min(len(differences) - 1, len(T_POINTS))
+    return T_POINTS[degrees - 1] * standard_error(differences)
 
 
 def verdict(differences: list[float]) -> str:
-    """Whether the differences are above 0 at p ≤ 0.05, or below, or neither."""
-    if sign_flip_test(differences) <= 0.05:
+    """Whether the interval of the differences lies above 0, or below, or has 0 in it."""
+    mean = statistics.mean(differences)
+    width = half_width(differences)
+    if mean - width > 0:
         return "yes"
-    if sign_flip_test([-difference for difference in differences]) <= 0.05:
+    if mean + width < 0:
         return "no: the opposite"
     return "not clearly"
 
@@ -456,12 +582,22 @@ class Claim:
     better: str
     worse: str
     key: str = "reward_after"
+    better_from: str = ""
+    """the run whose value is subtracted, where gains are compared"""
+    worse_from: str = ""
 
 
 ACCURACY = "accuracy_after"
 # What the papers claim.
 CLAIMS = [
-    Claim("ADPA", "DPO hurts the small model", better="student", worse="dpo_student"),
+    Claim(
+        "ADPA",
+        "DPO gains less on the small model (gain of the large one against its own)",
+        better="dpo_large",
+        better_from="teacher_ref",
+        worse="dpo_student",
+        worse_from="student",
+    ),
     Claim(
         "ADPA",
         "DCKD beats distillation on the chosen side only",
@@ -471,6 +607,21 @@ CLAIMS = [
     Claim("ADPA", "DCKD beats SFT", better="dckd", worse="sft"),
     Claim("ADPA", "ADPA beats DCKD", better="adpa", worse="dckd"),
     Claim("ADPA", "ADPA+ beats ADPA", better="adpa_plus", worse="adpa"),
+    Claim(
+        "ADPA",
+        "ADPA beats reinforcement learning with the DPO reward of whole responses",
+        better="adpa",
+        worse="dppo_sequence",
+    ),
+    Claim("ADPA", "… and with that of tokens", better="adpa", worse="dppo_token"),
+    Claim(
+        "ADPA",
+        "the student's own states are better than the chosen answers'",
+        better="adpa",
+        worse="adpa_states_chosen",
+    ),
+    Claim("ADPA", "… than the rejected answers'", better="adpa", worse="adpa_states_rejected"),
+    Claim("ADPA", "… than the teacher's", better="adpa", worse="adpa_states_teacher"),
     Claim(
         "ADPA",
         "without the reference teacher ADPA falls",
@@ -488,10 +639,26 @@ CLAIMS = [
         worse="pad_logp",
     ),
     Claim("PAD", "more answers help (4 against 2)", better="pad", worse="pad_2_answers"),
-    Claim("PAD", "the student passes its teacher", better="pad", worse="teacher"),
+    Claim(
+        "PAD",
+        "the student passes its teacher (the paper: on MT-Bench, with Gemma)",
+        better="pad",
+        worse="teacher",
+    ),
     Claim("DPKD", "DPKD beats SeqKD", better="dpkd", worse="seqkd"),
-    Claim("DPKD", "DPKD beats token-level distillation", better="dpkd", worse="kd"),
-    Claim("DPKD", "length normalisation matters", better="dpkd", worse="dpkd_summed"),
+    Claim(
+        "DPKD",
+        "DPKD beats token-level distillation on the data's responses",
+        better="dpkd",
+        worse="kd_data",
+    ),
+    Claim("DPKD", "DPKD beats MiniLLM (here its core)", better="dpkd", worse="reverse_kl"),
+    Claim(
+        "DPKD",
+        "length normalisation matters (β 7 with it, β 1 without: alike for 7 tokens)",
+        better="dpkd_beta_7",
+        worse="dpkd_summed",
+    ),
     Claim(
         "RM-Distiller",
         "refinement adds (margin loss)",
@@ -527,30 +694,48 @@ CLAIMS = [
         worse="rm_bt_plain",
         key="best_of_n_reward",
     ),
+    Claim(
+        "RM-Distiller",
+        "… also as the reward of reinforcement learning (κ = 0.3)",
+        better="rloo_rm_0.3",
+        worse="rloo_bt_0.3",
+    ),
 ]
 # What the released code does, which is worse if the method as it stands here is better.
 RELEASED = [
     Claim(
         "ADPA",
-        "clamps advantages to [1e-8, 1 − 1e-8]",
+        "clamps log-ratios of the 50 likeliest tokens to [1e-8, 1 − 1e-8]",
         better="adpa",
-        worse="adpa_released_clip",
+        worse="adpa_released",
     ),
     Claim(
         "PAD",
-        "swaps the divergence's arguments and mixes prompts",
+        "exchanges the divergence's arguments (1 prompt a device, as configured)",
         better="pad",
         worse="pad_released",
     ),
     Claim(
+        "PAD",
+        "… and adds up two prompts' distributions (2 a device, as in the log)",
+        better="pad",
+        worse="pad_released_2",
+    ),
+    Claim(
+        "PAD",
+        "… 1 prompt a device, at the release's α = 0 and β = 10",
+        better="pad_judgement_beta_10",
+        worse="pad_released_alpha_0",
+    ),
+    Claim(
         "DPKD",
-        "trains on argmax tokens of both models instead of samples",
+        "trains on argmax tokens of both models along the teacher's responses",
         better="dpkd",
         worse="dpkd_released",
     ),
     Claim(
         "RM-Distiller",
-        "takes the margin loss over a B × B table",
+        "takes the margin loss over a 4 × 4 table (its joint trainer)",
         better="rm",
         worse="rm_released",
         key=ACCURACY,
@@ -568,6 +753,10 @@ METHODS = {
     "PAD": "pad",
     "ADPA": "adpa",
     "ADPA+": "adpa_plus",
+    "on-policy distillation (reverse KL)": "reverse_kl",
+    "on-policy distillation (GKD's JSD)": "gkd",
+    "AlignDistil, core only": "aligndistil",
+    "KD on the data's responses": "kd_data",
     "teacher": "teacher",
 }
 TABLES = {  # the rows of every table of rewards, by page and mark
@@ -588,7 +777,13 @@ TABLES = {  # the rows of every table of rewards, by page and mark
         "ADPA": "adpa",
         "ADPA+": "adpa_plus",
         "ADPA without reference (`--teacher_ref none`)": "adpa_no_reference",
-        "ADPA as released (`--advantage_clip 1e-8 0.99999999`)": "adpa_released_clip",
+        "ADPA as released (`python -m studies.released adpa`)": "adpa_released",
+        "`--states chosen`": "adpa_states_chosen",
+        "`--states rejected`": "adpa_states_rejected",
+        "`--states teacher`": "adpa_states_teacher",
+        "RLOO with the DPO reward of responses": "dppo_sequence",
+        "RLOO with the DPO reward of tokens": "dppo_token",
+        "AlignDistil, core only": "aligndistil",
         "ADPA on greedy ŷ (`--sample_temperature 0`)": "adpa_greedy",
         "teacher": "teacher",
     },
@@ -601,8 +796,10 @@ TABLES = {  # the rows of every table of rewards, by page and mark
     ("docs/dpkd.md", "dpkd"): {
         "student, untrained": "student",
         "SeqKD: SFT on the teacher's answers": "seqkd",
-        "KD: forward KL on them": "kd",
+        "SeqKD and forward KL on them": "kd",
+        "KD: forward KL on the data's responses": "kd_data",
         "reverse KL on the student's samples": "reverse_kl",
+        "GKD's JSD on the student's samples": "gkd",
         "DPO on the student": "dpo_student",
         "DPKD": "dpkd",
         "teacher": "teacher",
@@ -611,6 +808,7 @@ TABLES = {  # the rows of every table of rewards, by page and mark
         "DPKD": "dpkd",
         "`--beta 0.1`": "dpkd_beta_0.1",
         "`--beta 2`": "dpkd_beta_2",
+        "`--beta 7`": "dpkd_beta_7",
         "`--no-length_normalize`": "dpkd_summed",
         "`--refresh_every 0` (frozen y_s)": "dpkd_frozen",
     },
@@ -638,7 +836,7 @@ REWARD_MODELS = {
     "Bradley-Terry, refined pairs": "rm_bt_refined",
     "margin loss, refined pairs": "rm_margin_refined",
     "full method": "rm",
-    "full method, released B × B margin": "rm_released",
+    "full method, released 4 × 4 margin table": "rm_released",
 }
 PAIR_KINDS = ["easy", "hard", "shifted"]
 PAIR_ACCURACIES = [f"accuracy_after/{kind}" for kind in PAIR_KINDS]
@@ -651,9 +849,9 @@ def report(results: dict, root: Path):
     replace_block(docs / "results.md", "setting", setting(results))
     for (page, mark), rows in TABLES.items():
         replace_block(root / page, mark, reward_table(results, rows))
-    header = ["method", "claim", "does it show here?", "numbers", "difference", "p"]
+    header = ["method", "claim", "does it show here?", "numbers", "difference, 95 % interval"]
     replace_block(docs / "results.md", "claims", claim_table(results, CLAIMS, header))
-    header = ["method", "the released code", "is it worse here?", "numbers", "difference", "p"]
+    header[1:3] = ["the released code", "is it worse here?"]
     replace_block(docs / "results.md", "released", claim_table(results, RELEASED, header))
     replace_block(docs / "rm_distiller.md", "rm", reward_model_table(results))
     replace_block(docs / "pad.md", "pad_correlations", score_quality_table(results))
@@ -676,28 +874,39 @@ def setting(results: dict) -> str:
         runs += entry["runs"]
     first = min(run["seed"] for run in runs)
     last = max(run["seed"] for run in runs)
-    versions = f"torch {runs[0]['torch']}, transformers {runs[0]['transformers']}"
-    return f"{len(runs)} runs, seeds {first} to {last}, {versions}, {runs[0]['device']}."
+    [run, *_] = results["adpa"]["runs"]
+    versions = f"torch {run['torch']}, transformers {run['transformers']}, {run['device']}"
+    judged = "A final model is judged on 256 responses to the 128 held-out requests, two to each."
+    if "student" in results:
+        measured = results["student"]["runs"][0]["measured"]
+        judged = f"A final model is judged on {measured['responses']:,} sampled responses to the "
+        judged += f"{measured['prompts']} held-out requests."
+    return f"{len(runs)} runs, seeds {first} to {last}, {versions}. {judged}"
 
 
 def reward_table(results: dict, rows: dict[str, str]) -> str:
     """Reward, win rate against the untrained student, and seconds of the whole run."""
     lines = []
     for label, name in rows.items():
-        win_rate = ""
+        if not is_measured(results, name):
+            continue
+        rate = ""
         seconds = ""
         if name not in ("student", "teacher"):
             seconds = seconds_text(results, name)
-            if not starts_trained(name):
-                win_rate = mean_and_error(values(results, name, "win_rate"), digits=2)
-        lines.append([label, mean_and_error(values(results, name)), win_rate, seconds])
+            if has_win_rate(results, name):
+                rate = mean_and_error(values(results, name, "win_rate"), digits=2)
+        lines.append([label, mean_and_error(values(results, name)), rate, seconds])
     return markdown(["", "oracle reward", "win rate", "seconds"], lines)
 
 
-def starts_trained(name: str) -> bool:
-    """Whether a run trains the student of another run. Then its own win rate is against that one,
-    and cannot stand beside win rates against the untrained student."""
-    return re.search(r"--student {\w+}", RUNS[name]) is not None
+def has_win_rate(results: dict, name: str) -> bool:
+    """Whether a run has a win rate against the untrained student. One that trains the student of
+    another run has it only from `studies.measure`: its own is against where it began."""
+    run = results[name]["runs"][0]
+    if not isinstance(run.get("win_rate"), float):
+        return False
+    return "measured" in run or re.search(r"--student ({|playground)", RUNS[name]) is None
 
 
 def seconds_text(results: dict, name: str) -> str:
@@ -737,7 +946,7 @@ def result_table(results: dict) -> str:
         cells = []
         for key in columns.values():
             has_value = isinstance(entry["runs"][0].get(key), float)
-            if not has_value or (key == "win_rate" and starts_trained(name)):
+            if not has_value or (key == "win_rate" and not has_win_rate(results, name)):
                 cells.append("–")
             else:
                 cells.append(mean_and_error(values(results, name, key)))
@@ -746,28 +955,46 @@ def result_table(results: dict) -> str:
 
 
 def claim_table(results: dict, claims: list[Claim], header: list[str]) -> str:
-    """What each claim measures, and whether it shows."""
+    """What each claim measures, and whether it shows: paired differences over seeds. Below the
+    table stands how many comparisons there are, since one in forty is above its interval by
+    chance."""
     lines = []
     for claim in claims:
-        better = values(results, claim.better, claim.key)
-        worse = values(results, claim.worse, claim.key)
+        names = [claim.better, claim.worse, claim.better_from, claim.worse_from]
+        if not is_measured(results, *[name for name in names if name]):
+            continue
+        better = gains(results, claim.better, claim.better_from, claim.key)
+        worse = gains(results, claim.worse, claim.worse_from, claim.key)
         differences = [one - other for one, other in zip(better, worse)]
+        width = half_width(differences)
         line = [
             claim.method,
             claim.text,
             verdict(differences),
             f"{mean_and_error(better)} against {mean_and_error(worse)}",
-            f"{statistics.mean(differences):+.3f}",
-            f"{sign_flip_test(differences):.3f}",
+            f"{statistics.mean(differences):+.3f} ± {width:.3f}",
         ]
         lines.append(line)
-    return markdown(header, lines)
+    if not lines:
+        return "Not measured with the present settings yet."
+    count = f"{len(lines)} comparisons, {len(results['adpa']['runs'])} seeds each."
+    return f"{markdown(header, lines)}\n\n{count}"
+
+
+def gains(results: dict, name: str, start: str, key: str) -> list[float]:
+    """The values of a run, or by how much they are above those of the run that it started from."""
+    after = values(results, name, key)
+    if not start:
+        return after
+    return [value - before for value, before in zip(after, values(results, start, key))]
 
 
 def reward_model_table(results: dict) -> str:
     """Accuracy of each reward model on all pairs and on each kind, and its reward of best-of-n."""
     lines = []
     for label, name in REWARD_MODELS.items():
+        if not is_measured(results, name):
+            continue
         line = [label]
         for key in [ACCURACY, *PAIR_ACCURACIES, "best_of_n_reward"]:
             line.append(mean_and_error(values(results, name, key)))
@@ -813,13 +1040,15 @@ def draw_figures(results: dict, docs: Path):
         title="Accuracy on held-out pairs",
         xlabel="share of pairs ordered right",
     ) as axes:
-        draw_intervals_of_keys(axes, results, REWARD_MODELS, PAIR_ACCURACIES)
+        draw_intervals_of_keys(
+            axes, results, measured_rows(results, REWARD_MODELS), PAIR_ACCURACIES
+        )
 
     seed_count = len(results["adpa"]["runs"])
     seeds = "1 seed" if seed_count == 1 else f"{seed_count} seeds"
     title = f"Reward after distillation, {seeds}"
     with figure(docs / "rewards.svg", title=title, xlabel=reward) as axes:
-        draw_intervals(axes, results, METHODS)
+        draw_intervals(axes, results, measured_rows(results, METHODS))
 
     with figure(
         docs / "efficiency.svg",
@@ -827,7 +1056,8 @@ def draw_figures(results: dict, docs: Path):
         xlabel="response tokens trained on, thousands",
         ylabel=reward,
     ) as axes:
-        trained = {label: name for label, name in METHODS.items() if name in results}
+        trained = measured_rows(results, METHODS)
+        trained = {label: name for label, name in trained.items() if name not in UNTRAINED}
         draw_curves(axes, results, trained, "eval/reward", over="thousand tokens")
 
     with figure(
@@ -845,6 +1075,15 @@ def draw_figures(results: dict, docs: Path):
     ) as axes:
         rows = {"sampled anew every 4 steps": "dpkd", "of the untrained student": "dpkd_frozen"}
         draw_curves(axes, results, rows, "eval/logp_student_answers", over="steps")
+
+    if is_measured(results, f"rloo_oracle_{KL_WEIGHTS[0]}"):
+        with figure(
+            docs / "rloo.svg",
+            title="Reinforcement learning: what the KL buys",
+            xlabel="KL to the student before training, nats per response",
+            ylabel=reward,
+        ) as axes:
+            draw_kl_spent(axes, results)
 
     with figure(
         docs / "pad_n.svg",
@@ -878,6 +1117,14 @@ def figure(path: Path, *, title: str, xlabel: str, ylabel: str = ""):
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     canvas.savefig(path, metadata={"Date": None}, facecolor="white")
     pyplot.close(canvas)
+
+
+UNTRAINED = ["student", "teacher"]
+
+
+def measured_rows(results: dict, rows: dict[str, str]) -> dict[str, str]:
+    """The rows of which there are results."""
+    return {label: name for label, name in rows.items() if is_measured(results, name)}
 
 
 def mean_reward(results: dict, name: str) -> float:
@@ -939,6 +1186,24 @@ def draw_curves(axes, results: dict, rows: dict[str, str], key: str, over: str):
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
+def draw_kl_spent(axes, results: dict):
+    """The oracle's reward against the KL spent, a line for each reward that was learned from, with
+    every seed as a faint dot."""
+    rewards = {"the oracle": "oracle", "full method": "rm", "Bradley-Terry, plain labels": "bt"}
+    for color, (label, kind) in enumerate(rewards.items()):
+        x = []
+        y = []
+        for kl_coef in KL_WEIGHTS:
+            name = f"rloo_{kind}_{kl_coef}"
+            spent = values(results, name, "kl_spent")
+            axes.plot(spent, values(results, name), ".", color=f"C{color}", alpha=0.3)
+            x.append(statistics.mean(spent))
+            y.append(mean_reward(results, name))
+        axes.plot(x, y, "o-", color=f"C{color}", label=label)
+    axes.set_xscale("log")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
 def draw_sweep(axes, results: dict, runs: dict[float, str]):
     """Reward ± one standard error over a setting, from {setting: run}, with ticks at these."""
     means = [mean_reward(results, name) for name in runs.values()]
@@ -954,6 +1219,8 @@ def check_flags(args: Args):
         stop("--report takes all runs and no others: leave out --quick, --only and --add")
     if args.report and importlib.util.find_spec("matplotlib") is None:
         stop("--report draws figures: pip install -r studies/requirements.txt")
+    if args.responses < 0:
+        stop(f"--responses {args.responses} must be at least 0")
     if args.seeds < 1 or args.at_once < 1:
         stop(f"--seeds {args.seeds} and --at_once {args.at_once} must be at least 1")
     try:
@@ -974,9 +1241,12 @@ def main(args: Args):
         stop(f"--only {args.only} matches none of: {', '.join(RUNS)}")
     RUNS.update(added)
     names = with_needs([*names, *added])
+    if args.responses and "student" in RUNS:
+        # Win rates are against the untrained student's responses.
+        names = with_needs([*names, "student"])
 
     output_dir = ROOT / args.output_dir
-    execute_all(names, seeds, output_dir, args.at_once)
+    execute_all(names, seeds, output_dir, args.at_once, responses=args.responses)
     results = collect(names, seeds, output_dir)
     if args.report:
         text = json.dumps(results, indent=1, sort_keys=True)

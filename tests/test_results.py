@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import re
 import shutil
@@ -79,6 +80,39 @@ def test_a_changed_result_changes_the_tables(pages, figures):
     assert different == {"README.md", "docs/adpa.md", "docs/results.md"}
 
 
+def add_measured(results: dict, name: str, rewards: list[float]):
+    """Results of a run, as `collect` makes them of a measured model."""
+    runs = []
+    for seed, reward in enumerate(rewards, 1):
+        measured = {"responses": 4096, "prompts": 128, "reward": reward}
+        run = {"seed": seed, "reward_after": reward, "seconds": 7.0, "measured": measured}
+        run["curves"] = {"eval/reward": [[252, 100, reward]]}
+        runs.append(run)
+    results[name] = {"command": f"python {compare.RUNS[name]}", "runs": runs}
+
+
+def test_a_row_without_results_is_left_out_and_comes_once_they_are_there(pages, figures):
+    assert "AlignDistil" not in (pages / "README.md").read_text().split("## Which method")[0]
+    more = copy.deepcopy(RESULTS)
+    add_measured(more, "student", [0.6, 0.7, 0.6, 0.7, 0.6])
+    add_measured(more, "kd_data", [0.9, 0.9, 0.9, 1.0, 0.9])
+    add_measured(more, "teacher_ref", [0.5] * 5)
+    add_measured(more, "dpo_large", [1.0, 1.1, 1.0, 1.1, 1.0])
+    compare.report(more, pages)
+    readme = (pages / "README.md").read_text()
+    assert "| KD on the data's responses | 0.920 ± 0.020 |  | 7 |" in readme
+    assert "| student, untrained | 0.640 ± 0.024 |" in readme
+    results_page = (pages / "docs/results.md").read_text()
+    assert "judged on 4,096 sampled responses to the 128 held-out requests" in results_page
+    # The gain of the large model is 0.5 or 0.6, and that of the small one what it is.
+    small = [run["reward_after"] for run in RESULTS["dpo_student"]["runs"]]
+    gains = [after - before for after, before in zip(small, [0.6, 0.7, 0.6, 0.7, 0.6])]
+    differences = [gain - other for gain, other in zip([0.5, 0.6, 0.5, 0.6, 0.5], gains)]
+    lines = results_page.splitlines()
+    [line] = [line for line in lines if line.startswith("| ADPA | DPO gains less")]
+    assert f"| {statistics.mean(differences):+.3f} ± " in line
+
+
 def test_a_page_without_the_mark_is_named(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- results:other -->\n<!-- /results -->\n")
@@ -112,6 +146,13 @@ def test_a_run_that_starts_from_another_one_is_shown_with_its_cost_and_without_a
     reward = compare.mean_and_error(rewards)
     _, _, row, seqkd = table.splitlines()
     assert row == f"| ADPA+ | {reward} |  | {plus:.0f} + {dckd:.0f} |"
+    # A measured model has one against the untrained student's measured responses.
+    measured = copy.deepcopy(RESULTS)
+    for run in measured["adpa_plus"]["runs"]:
+        run["measured"] = {}
+        run["win_rate"] = 0.75
+    table = compare.reward_table(measured, {"ADPA+": "adpa_plus"})
+    assert f"| ADPA+ | {reward} | 0.75 ± 0.00 |" in table
     assert re.fullmatch(r"\| SeqKD \| \S+ ± \S+ \| \S+ ± \S+ \| \d+ \+ \d+ \|", seqkd)
     shown = compare.result_table({name: RESULTS[name] for name in ("dckd", "adpa_plus", "rm")})
     header, _, plus_line, rm_line = shown.splitlines()
@@ -123,7 +164,7 @@ def test_a_run_that_starts_from_another_one_is_shown_with_its_cost_and_without_a
 
 
 def test_every_run_is_there_with_every_seed_and_the_command_that_made_it():
-    assert RESULTS.keys() == compare.RUNS.keys()
+    assert RESULTS.keys() <= compare.RUNS.keys()
     torch_versions = {run["torch"] for run in RESULTS["adpa"]["runs"]}
     for name, entry in RESULTS.items():
         assert entry["command"] == f"python {compare.RUNS[name]}"
@@ -138,23 +179,40 @@ def test_the_claims_are_at_least_the_papers_twelve():
     assert {claim.method for claim in compare.RELEASED} == methods
     page = (ROOT / "docs" / "results.md").read_text()
     for claim in compare.CLAIMS + compare.RELEASED:
-        assert claim.text in page
+        names = [claim.better, claim.worse, claim.better_from or "adpa", claim.worse_from or "adpa"]
+        assert (claim.text in page) == compare.is_measured(RESULTS, *names)
 
 
 # --------------------------------------------------------------------------------------- statistics
-def test_the_sign_flip_test_counts_all_patterns():
-    assert compare.sign_flip_test([1, 2, 3, 4, 5]) == 1 / 32
-    assert compare.sign_flip_test([-1, -2, -3]) == 1
-    # (+,−) and (−,+) have the mean 0 as well, and (+,+) a larger one.
-    assert compare.sign_flip_test([1.0, -1.0]) == 3 / 4
-    assert compare.sign_flip_test([3.0, -1.0]) == 2 / 4
+def t_density(x: float, degrees: int) -> float:
+    scale = math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2) / math.sqrt(degrees * math.pi)
+    return scale * (1 + x * x / degrees) ** (-(degrees + 1) / 2)
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 4, 9, 24])
+def test_the_t_points_leave_a_fortieth_above_them(degrees):
+    """Half of Student's t lies above 0. What is below the point is summed in small steps."""
+    point = compare.T_POINTS[degrees - 1]
+    steps = 20_000
+    area = 0.0
+    for step in range(steps):
+        area += t_density((step + 0.5) * point / steps, degrees) * point / steps
+    assert 0.5 - area == pytest.approx(0.025, abs=2e-5)
+
+
+def test_an_interval_by_hand():
+    """1, 2 and 3 have a standard error of 1/√3."""
+    assert compare.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5)
+    assert compare.half_width([2.0]) == math.inf
+    assert compare.half_width([0.5] * 40) == 0
 
 
 def test_a_claim_shows_or_its_opposite_does_or_neither():
     assert compare.verdict([1, 2, 3, 4, 5]) == "yes"
     assert compare.verdict([-1, -2, -3, -4, -5]) == "no: the opposite"
     assert compare.verdict([5, -4, 3, -2, 1]) == "not clearly"
-    assert compare.verdict([1, 2, 3, 4]) == "not clearly"  # p is 1/16
+    assert compare.verdict([1, 8]) == "not clearly"  # t is 12.7
+    assert compare.verdict([3.0]) == "not clearly"
 
 
 def test_means_have_standard_errors():
@@ -298,6 +356,72 @@ def test_a_run_that_fails_ends_all_of_them(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="a failed"):
         compare.execute_all(["a", "b"], range(1, 9), tmp_path, 2)
     assert sorted(began) == [("a", 1), ("a", 2)]
+
+
+MODEL_ARGS = {
+    "eval_data": "rows.jsonl",
+    "eval_config": "",
+    "eval_split": "test",
+    "reward": "a:b",
+    "reward_label": "",
+    "max_response_tokens": 64,
+}
+
+
+def finish_student(run: Path, **args):
+    """What a script leaves of a run that trained a student."""
+    finish(run)
+    (run / "model").mkdir()
+    (run / "args.json").write_text(json.dumps({**MODEL_ARGS, **args}))
+    (run / "summary.json").write_text(json.dumps({"reward_after": 0.5}))
+
+
+def test_a_final_model_is_judged_once_as_its_run_judges(tmp_path, commands):
+    finish_student(tmp_path / "b__2")
+    compare.measure("b", 2, tmp_path, 4096)
+    [words] = commands
+    flags = dict(zip(words[4::2], words[5::2]))
+    assert words[1:4] == ["-m", "studies.measure", str(tmp_path / "b__2/model")]
+    assert flags == {
+        "--output_dir": str(tmp_path / "b__2"),
+        "--seed": "2",
+        "--responses": "4096",
+        "--eval_data": "rows.jsonl",
+        "--eval_split": "test",
+        "--reward": "a:b",
+        "--max_response_tokens": "64",
+    }
+    (tmp_path / "b__2/measured.json").write_text("{}")
+    compare.measure("b", 2, tmp_path, 4096)
+    assert len(commands) == 1
+    # rloo.py judges by --eval_reward.
+    finish_student(tmp_path / "b__3", eval_reward="c:d")
+    compare.measure("b", 3, tmp_path, 4096)
+    assert commands[-1][commands[-1].index("--reward") + 1] == "c:d"
+
+
+def test_what_has_no_student_or_no_reward_is_not_judged(tmp_path, commands):
+    finish(tmp_path / "b__1")
+    compare.measure("b", 1, tmp_path, 4096)
+    finish_student(tmp_path / "b__2")
+    (tmp_path / "b__2/summary.json").write_text(json.dumps({"accuracy_after": 0.5}))
+    compare.measure("b", 2, tmp_path, 4096)
+    assert commands == []
+
+
+def test_what_is_measured_takes_the_place_of_the_runs_own_numbers(tmp_path):
+    run = tmp_path / "a__1"
+    finish_student(run)
+    student = tmp_path / "student__1"
+    student.mkdir()
+    for folder, rewards in ((run, [1.0, 0.5]), (student, [0.5, 0.2])):
+        results = {"reward": statistics.mean(rewards), "responses": 2, "prompts": 1}
+        (folder / "measured.json").write_text(json.dumps(results))
+        write_jsonl(folder / "measured.jsonl", [{"prompt": "p", "rewards": rewards}])
+    entry = compare.read_measured(run, student)
+    assert entry["reward_after"] == 0.75 and entry["win_rate"] == 3.5 / 4
+    assert "win_rate" not in compare.read_measured(student, student)
+    assert "win_rate" not in compare.read_measured(run, tmp_path / "nobody__1")
 
 
 @pytest.fixture
