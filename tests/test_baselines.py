@@ -418,8 +418,9 @@ def test_a_run_that_cannot_start_leaves_other_runs_alone(run_tiny, tmp_path, cap
 @every_loss
 def test_r33_a_loss_that_is_not_finite_ends_the_run(loss, pairs, tmp_path, capsys):
     run = tmp_path / "run"
-    flags = {"loss": loss, "data": pairs, "learning_rate": 1e30, "save_every": 1, "log_every": 1}
-    assert run_script("studies/baselines", **flags, eval_prompts=2, output_dir=run) == 2
+    flags = {"loss": loss, "learning_rate": 1e30, "save_every": 1, "log_every": 1}
+    own_data = {"data": pairs, "eval_data": pairs, "reward": "none"}
+    assert run_script("studies/baselines", **flags, **own_data, output_dir=run) == 2
     message = re.search(r"error: loss (.*) in step (\d+) on rows", capsys.readouterr().err)
     numbers, step = message.groups()
     assert re.search(r"\b(nan|inf)\b", numbers)
@@ -429,7 +430,7 @@ def test_r33_a_loss_that_is_not_finite_ends_the_run(loss, pairs, tmp_path, capsy
 
 def test_r33_a_gradient_that_is_not_finite_ends_the_run_as_well(pairs, tmp_path, capsys):
     """The first loss of DPO is log 2 for every β. Its gradient is proportional to β."""
-    flags = {"loss": "dpo", "beta": 1e38, "data": pairs, "eval_prompts": 2}
+    flags = {"loss": "dpo", "beta": 1e38, "data": pairs, "eval_data": pairs, "reward": "none"}
     assert run_script("studies/baselines", **flags, output_dir=tmp_path / "run") == 2
     expected = r"error: loss 0\.69\d*, gradient norm (inf|nan) in step 0 on rows"
     assert re.search(expected, capsys.readouterr().err)

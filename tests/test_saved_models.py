@@ -179,7 +179,8 @@ def reward_bench(folder) -> list[float]:
 def other_scripts(folder) -> list[float]:
     """--reward of the other scripts."""
     reward_fn = load_reward_function(str(folder), CPU)
-    return reward_fn([chat[:-1] for chat in CHATS], [chat[-1]["content"] for chat in CHATS])
+    rows = [{"prompt": chat[:-1]} for chat in CHATS]
+    return reward_fn(rows, [chat[-1]["content"] for chat in CHATS])
 
 
 CONVENTIONS = [trl_grpo, trl_reward_trainer, pipeline_without_a_word, reward_bench, other_scripts]

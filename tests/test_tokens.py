@@ -480,7 +480,7 @@ def test_r60_no_prompt_and_no_text_is_encoded_twice(run_tiny, monkeypatch):
 
 def test_r60_encoding_shows_how_far_it_is(chatml, capsys, monkeypatch):
     lm = chatml(CHATML)
-    clock = itertools.count(step=3)
+    clock = itertools.count(step=6)
     monkeypatch.setattr(common.time, "time", clock.__next__)
 
     encode_pairs(lm, [row("cod", "carp", number) for number in range(4)])
