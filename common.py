@@ -97,7 +97,8 @@ class LM:
     """A language model with its tokenizer, from a hub id or a local folder (safetensors only).
 
     A trainable model has float32 weights and runs under bfloat16 autocast on a GPU. A frozen model
-    is bfloat16 on a GPU and float32 on a CPU. Dropout is always off.
+    is bfloat16 on a GPU and float32 on a CPU. Nothing in a forward pass is random: dropout, noise
+    of routers and skipped layers are off.
     """
 
     def __init__(
@@ -125,13 +126,12 @@ class LM:
             stop(f"cannot load a model with tokenizer from {path}: {error}")
         self.config = self.model.config.get_text_config()
         self.model.requires_grad_(trainable)
-        # Gradient checkpointing works in train mode only. Without dropout the two modes are equal.
-        self.model.train(gradient_checkpointing)
         if gradient_checkpointing:
             try:
                 self.model.activation_checkpointing_enable()
             except ValueError as error:
                 stop(f"{path} does not take --gradient_checkpointing: {error}")
+        self.set_mode()
 
         # Many models pad their LM head to a round number, beyond the tokens of the tokenizer. The
         # ids of a tokenizer may have holes, so its size is not how many tokens it has.
@@ -144,6 +144,9 @@ class LM:
         embeddings.padding_idx = None
         # Our mask replaces the model's sliding window, so packed responses must be shorter than it.
         self.sliding_window = getattr(self.config, "sliding_window", None) or math.inf
+        # Other windows count the tokens of a whole row.
+        self.row_window = shortest_window(self.config)
+        self.longest_row, self.longest_row_reason = longest_row(self.config)
 
         added_tokens = self.tokenizer.added_tokens_decoder.values()
         self.added_tokens = [token.content for token in added_tokens]
@@ -157,21 +160,32 @@ class LM:
         self.check_limits(max(*probe, self.eos_ids[0]))
 
         self.share_prefix = True  # the responses of a prompt stand in one row, see `pack`
+        self.samples_together = ""  # which prompts: `check_sampling` says it when it is needed
         self.autocast_enabled = False
         if not is_reward_model:
             self.check_packing()  # in full precision, before autocast is switched on
         self.autocast_enabled = device.type == "cuda"
 
+    def set_mode(self):
+        """Eval mode for every module, so that nothing in it is random. Modules that compute their
+        activations again in the backward pass do so in train mode only, so they alone get it."""
+        for module in self.model.modules():
+            module.training = getattr(module, "gradient_checkpointing", False)
+
     def check_limits(self, largest: int, length: int = 0):
         """Ends the program if the largest token id, or the last of so many positions, lies beyond
-        the model's tables. A GPU would say nothing of use."""
+        the model's tables, or if so many tokens cannot be read right in a batch. A GPU would say
+        nothing of use."""
         if largest >= self.num_embeddings:
             token = f"token {self.tokenizer.convert_ids_to_tokens(largest)} ({largest})"
             advice = "call model.resize_token_embeddings(len(tokenizer)) and train it first"
             stop(f"{self.path}: {token} is beyond its {self.num_embeddings} embeddings; {advice}")
+        advice = "lower --max_prompt_tokens or --max_response_tokens"
         if length > self.num_positions:
-            advice = "lower --max_prompt_tokens or --max_response_tokens"
             stop(f"{self.path} has {self.num_positions} positions, not {length}; {advice}")
+        if length > self.longest_row:
+            problem = f"beyond {self.longest_row} tokens {self.longest_row_reason}"
+            stop(f"{self.path} cannot read {length} tokens right: {problem}; {advice}")
 
     def autocast(self):
         """Context of every forward pass: bfloat16 on a GPU, nothing on a CPU."""
@@ -401,19 +415,23 @@ class LM:
             # Eager attention adds its mask: 0 where a token may look, the lowest number elsewhere.
             lowest = torch.finfo(self.model.dtype).min
             mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, lowest)
+        layout = {}  # not all architectures know these arguments
+        if mask is not None:
+            layout = {"attention_mask": mask, "position_ids": batch.position_ids}
+        backbone = self.backbone()
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()), self.autocast():
-            output = self.model.base_model(
-                batch.input_ids,
-                attention_mask=mask,
-                position_ids=batch.position_ids,
-                use_cache=False,
-            )
+            output = backbone(batch.input_ids, use_cache=False, **layout)
         return output.last_hidden_state.flatten(0, 1)
+
+    def backbone(self) -> torch.nn.Module:
+        """The model without its head. (Llama 4's base_model is the whole model.)"""
+        backbone = self.model.base_model
+        return self.model.model if backbone is self.model else backbone
 
     def logits(self, hidden: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """[N, V] in float32 from [N, H], scaled and capped as the model's config says."""
-        scale = getattr(self.config, "logit_scale", 1.0)
-        scale /= getattr(self.config, "logits_scaling", 1.0)
+        scale = getattr(self.config, "logit_scale", None) or 1.0
+        scale /= getattr(self.config, "logits_scaling", None) or 1.0
         with self.autocast():
             # Scaling H numbers per token is cheaper than scaling V.
             logits = self.model.get_output_embeddings()(hidden * scale)
@@ -425,38 +443,64 @@ class LM:
 
     @torch.no_grad()
     def check_packing(self):
-        """Compares the logits of a packed example with the model's own, on random tokens.
+        """Compares the logits of packed examples with the model's own, on random tokens.
 
         An architecture that does not take our mask gets a row for every response. That is slower
-        and gives the same result.
+        and gives the same result. The program ends, with the reason, if that is not so.
         """
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(self.vocab_size, (16,), generator=generator).tolist()
-        example = Example(row={}, prompt_ids=ids[:6], response_ids=[ids[6:11], ids[11:]])
-        tolerance = 1e-4 if self.model.dtype == torch.float32 else 3e-2
-        try:
-            error = self.packing_error(example)
-        except (ValueError, RuntimeError, IndexError):  # a 4-D mask is refused
-            error = math.inf
-        if error < tolerance:
+        ids = torch.randint(self.vocab_size, (20,), generator=generator).tolist()
+        examples = [
+            Example(row={}, prompt_ids=ids[:6], response_ids=[ids[6:11], ids[11:16]]),
+            Example(row={}, prompt_ids=ids[16:18], response_ids=[ids[18:]]),  # with padding
+        ]
+        parameters = inspect.signature(self.backbone().forward).parameters
+        self.share_prefix = not parameters.keys().isdisjoint({"position_ids", "kwargs"})
+        if self.share_prefix and not self.packing_problem(examples):
             return
         self.share_prefix = False
-        error = self.packing_error(example)
-        if not error < tolerance:  # NaN counts as an error
-            stop(f"{self.path}: its LM head is not what LM.logits computes (error {error:.1e})")
+        problem = self.packing_problem(examples)
+        if problem:
+            stop(
+                f"cannot score responses with {self.path} ({type(self.model).__name__}): {problem}"
+            )
         print(f"note: {self.path} takes a row per response (slower, same result)")
 
-    def packing_error(self, example: "Example") -> float:
-        """The relative distance of `pack` and `logits` from a plain forward pass per response."""
-        expected = []
-        for response in example.response_ids:
-            ids = torch.tensor([example.prompt_ids + response], device=self.device)
-            logits = self.model(ids).logits[0, :, : self.vocab_size].float()
-            expected.append(logits[len(example.prompt_ids) - 1 : -1])
-        expected = torch.cat(expected)
-        batch = pack([example], self)
-        logits = self.logits(self.hidden_states(batch)[batch.predict_index], self.vocab_size)
-        return ((logits - expected).norm() / expected.norm()).item()
+    def packing_problem(self, examples: list["Example"]) -> str:
+        """Why `pack` and `logits` do not give what a plain forward pass for every response gives.
+        It is "" if they do, up to rounding."""
+        tolerance = 1e-4 if self.model.dtype == torch.float32 else 3e-2
+        # On a GPU sums of floats may come in another order when they are repeated.
+        noise_tolerance = 0.0 if self.device.type == "cpu" else tolerance
+        try:
+            expected = self.plain_logits(examples)
+            logits = self.packed_logits(examples)
+            error = relative_distance(logits, expected)
+            noise = relative_distance(self.packed_logits(examples), logits)
+        except (IndexError, RuntimeError, ValueError) as error:  # such as for a refused mask
+            return f"{type(error).__name__}: {error}"
+        if noise > noise_tolerance:
+            return "its forward pass is random: it gives other logits when it is repeated"
+        if error < tolerance:  # NaN is an error
+            return ""
+        problem = (
+            "its LM head is not what LM.logits computes, or the rows of a batch see each other"
+        )
+        return f"{problem} (error {error:.1e})"
+
+    def plain_logits(self, examples: list["Example"]) -> torch.Tensor:
+        """[N, V]: the model's own logits of the response tokens, one response at a time."""
+        logits = []
+        for example in one_response_per_example(examples):
+            ids = torch.tensor([example.prompt_ids + example.response_ids[0]], device=self.device)
+            row = self.model(ids).logits[0, len(example.prompt_ids) - 1 : -1]
+            logits.append(row[:, : self.vocab_size].float())
+        return torch.cat(logits)
+
+    def packed_logits(self, examples: list["Example"]) -> torch.Tensor:
+        """[N, V]: the same from `pack` and `logits`, as the scripts compute them."""
+        batch = pack(examples, self)
+        return self.logits(self.hidden_states(batch)[batch.predict_index], self.vocab_size)
 
     # ------------------------------------------------------------------------------------ sampling
     @torch.no_grad()
@@ -479,31 +523,80 @@ class LM:
         """
         longest = max(len(prompt) for prompt in prompts)
         self.check_limits(max(max(prompt) for prompt in prompts), longest + max_new_tokens)
+        if not self.samples_together:
+            self.samples_together = self.check_sampling()
         responses = [[] for _ in prompts]
+        with self.sampling(temperature, max_new_tokens), torch.random.fork_rng(), self.autocast():
+            torch.manual_seed(seed)
+            for indices in self.sampling_batches(prompts, n, batch_size):
+                new_ids = self.generate([prompts[i] for i in indices])
+                for i, ids in zip(indices, new_ids.tolist()):
+                    responses[i].append(self.decode_response(ids))
+        return responses
+
+    def sampling_batches(self, prompts: list[list[int]], n: int, batch_size: int):
+        """The indices of prompts in batches, the shortest prompts first, each index n times."""
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        prompts_per_batch = max(1, batch_size // n)
+        batches = []
+        for i in by_length:
+            if self.samples_together == "single":
+                batches += [[i]] * n
+                continue
+            fits = bool(batches) and len(batches[-1]) + n <= batch_size
+            if fits and self.samples_together == "one length":
+                fits = len(prompts[i]) == len(prompts[batches[-1][0]])
+            if not fits:
+                batches.append([])
+            batches[-1] += [i] * n
+        return batches
+
+    def check_sampling(self) -> str:
+        """Which prompts can be sampled together: "any", those of "one length" or a "single" one.
+
+        Some recurrent models take the padding of short prompts for text, or keep no state for each
+        of several prompts.
+        """
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.vocab_size, (12,), generator=generator).tolist()
+        if self.samples_alike([ids[:3], ids[3:]]):
+            return "any"
+        if self.samples_alike([ids[:6], ids[6:]]):
+            tqdm.write(f"note: {self.path} reads padding, so it samples prompts of one length")
+            return "one length"
+        tqdm.write(f"note: {self.path} samples one response at a time, since others change it")
+        return "single"
+
+    def samples_alike(self, prompts: list[list[int]]) -> bool:
+        """Whether prompts get the logits that they get alone, for their first two new tokens."""
+        tolerance = 1e-4 if self.model.dtype == torch.float32 else 3e-2
+        with self.sampling(temperature=0.0, max_new_tokens=2):
+            self.model.generation_config.eos_token_id = None
+            together = self.generate(prompts, output_logits=True)  # [prompts, 2, V]
+            alone = torch.cat([self.generate([ids], output_logits=True) for ids in prompts])
+        if not relative_distance(together[:, 0], alone[:, 0]) < tolerance:
+            return False
+        # Two tokens of nearly equal logits may change places. What comes after them differs.
+        same_token = together[:, 0].argmax(-1) == alone[:, 0].argmax(-1)
+        if not same_token.any():
+            return True
+        return relative_distance(together[same_token, 1], alone[same_token, 1]) < tolerance
+
+    @contextmanager
+    def sampling(self, temperature: float, max_new_tokens: int):
+        """Puts our generation config in place of the checkpoint's. Temperature 0 is greedy."""
         saved_config = self.model.generation_config
-        was_training = self.model.training
         self.model.generation_config = self.sampling_config(temperature, max_new_tokens)
         self.model.eval()  # in train mode gradient checkpointing would switch the cache off
         try:
-            with torch.random.fork_rng(), self.autocast():
-                torch.manual_seed(seed)
-                for start in range(0, len(prompts), prompts_per_batch):
-                    indices = by_length[start : start + prompts_per_batch]
-                    new_ids = self.generate([prompts[i] for i in indices], n)
-                    for row, ids in enumerate(new_ids):
-                        responses[indices[row // n]].append(self.decode_response(ids))
+            yield
         finally:
             self.model.generation_config = saved_config
-            self.model.train(was_training)
-        return responses
+            self.set_mode()
 
     def sampling_config(
         self, temperature: float, max_new_tokens: int
     ) -> transformers.GenerationConfig:
-        """What `generate` gets in place of the checkpoint's generation config. Temperature 0 is
-        greedy."""
+        """What `generate` gets in place of the checkpoint's generation config."""
         config = transformers.GenerationConfig(
             max_new_tokens=max_new_tokens,
             eos_token_id=self.eos_ids,
@@ -520,28 +613,78 @@ class LM:
         text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
         return {"text": text, "finished": end < len(ids), "token_ids": ids[: end + 1]}
 
-    def generate(self, prompts: list[list[int]], n: int) -> list[list[int]]:
-        """The new tokens of n responses to every prompt. Prompts are padded on the left."""
+    def generate(self, prompts: list[list[int]], output_logits: bool = False) -> torch.Tensor:
+        """[prompts, T]: the new tokens of a response to every prompt, or [prompts, T, V]: their
+        logits. Prompts are padded on the left."""
         width = max(len(prompt) for prompt in prompts)
         ids = torch.full((len(prompts), width), self.eos_ids[0])
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        ids = ids.repeat_interleave(n, dim=0).to(self.device)
-        mask = mask.repeat_interleave(n, dim=0).to(self.device)
-        return self.model.generate(ids, attention_mask=mask)[:, width:].tolist()
+        output = self.model.generate(
+            ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            output_logits=output_logits,
+            return_dict_in_generate=True,
+        )
+        if output_logits:
+            return torch.stack(output.logits, dim=1)[..., : self.vocab_size].float()
+        return output.sequences[:, width:]
+
+
+# What configs call the noise of forward passes, and windows of local or sparse attention.
+NOISE = "drop|jitter|noise|stochastic"
+WINDOWS = ["window_size", "sliding_window_size", "attention_window_size", "keep_window_size"]
+WINDOWS += ["local_attention", "local_attention_window_len", "attention_chunk_size", "index_topk"]
+
+
+def switch_noise_off(config):
+    """Sets every rate of dropout, skipped layers and noise to 0, in nested configs as well."""
+    for name, value in list(vars(config).items()):
+        if isinstance(value, transformers.PreTrainedConfig):
+            switch_noise_off(value)
+        elif isinstance(value, float) and re.search(NOISE, name):
+            setattr(config, name, 0.0)
+
+
+def shortest_window(config) -> float:
+    """The tokens that a row may have before the model's own windows cut it, or infinity.
+
+    `sliding_window` is no part of it. That window is a mask, which `pack` replaces by its own.
+    """
+    windows = [getattr(config, name, None) for name in WINDOWS]
+    return min([window for window in windows if window], default=math.inf)
+
+
+def longest_row(config) -> tuple[float, str]:
+    """(tokens, why): longer rows make scores depend on the other rows of a batch. Or (∞, "")."""
+    sparse = getattr(config, "index_topk", None)
+    if sparse:
+        return sparse, "its sparse attention looks at padding"
+    parameters = getattr(config, "rope_parameters", None) or {}
+    layers = [parameters, *parameters.values()]  # some configs have one set for a kind of layers
+    for rope in [layer for layer in layers if isinstance(layer, dict)]:
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+            return limit, f"its {rope['rope_type']} rotary embeddings change with the longest row"
+    return math.inf, ""
+
+
+def relative_distance(values: torch.Tensor, expected: torch.Tensor) -> float:
+    """|values − expected| / |expected|."""
+    return ((values - expected).norm() / expected.norm()).item()
 
 
 def load_model(path, device, trainable: bool, trust_remote_code: bool, is_reward_model: bool):
     """(the transformers model without dropout, the dtype that its checkpoint declares). ValueError
     if it lacks weights, or if a reward model has no head that can be read."""
+    if (Path(path) / "adapter_config.json").exists():
+        raise ValueError("it has an adapter (adapter_config.json), which is not read: merge it")
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     text_config = config.get_text_config()
     checkpoint_dtype = config.dtype or text_config.dtype or torch.float32
-    for name in list(vars(text_config)):
-        if "dropout" in name or "pdrop" in name:
-            setattr(text_config, name, 0.0)
+    switch_noise_off(config)
 
     auto_class = transformers.AutoModelForCausalLM
     if is_reward_model:
@@ -603,6 +746,12 @@ def shared_vocab_size(student: LM, teacher: LM, advice: str = "choose a pair") -
     teacher_vocab = {t: i for t, i in teacher.tokenizer.get_vocab().items() if i < size}
     if student_vocab != teacher_vocab:
         stop(f"{student.path} and {teacher.path} have different tokenizers; {advice}")
+    chat = [{"role": "user", "content": "a"}]
+    if student.encode(chat, ["a"]) != teacher.encode(chat, ["a"]):
+        print(
+            f"note: {teacher.path} has another chat template than {student.path}; where it scores "
+            "tokens, it reads prompts as the student's template writes them"
+        )
     return size
 
 
@@ -688,10 +837,13 @@ def pack(examples: list[Example], *models: LM) -> Batch:
             if not response:
                 raise ValueError("a response without tokens")
             longest = max(longest, len(example.prompt_ids) + len(response))
-    if not all(lm.share_prefix and longest <= lm.sliding_window for lm in models):
-        examples = one_response_per_example(examples)
-
     width = max(len(e.prompt_ids) + sum(map(len, e.response_ids)) for e in examples)
+    for lm in models:
+        is_full = longest <= lm.sliding_window and width <= lm.row_window
+        if not (lm.share_prefix and is_full):
+            examples = one_response_per_example(examples)
+            width = longest
+
     input_ids = torch.zeros(len(examples), width, dtype=torch.long)
     position_ids = torch.zeros_like(input_ids)
     segments = torch.zeros_like(input_ids)

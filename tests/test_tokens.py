@@ -345,9 +345,10 @@ def generated(monkeypatch) -> set[tuple]:
     generate = LM.generate
     responses = set()
 
-    def recording(self, prompts, n):
-        new_ids = generate(self, prompts, n)
-        responses.update(tuple(until_end(ids, self)) for ids in new_ids)
+    def recording(self, prompts, output_logits=False):
+        new_ids = generate(self, prompts, output_logits)
+        if not output_logits:
+            responses.update(tuple(until_end(ids, self)) for ids in new_ids.tolist())
         return new_ids
 
     monkeypatch.setattr(LM, "generate", recording)
@@ -474,6 +475,8 @@ def test_r60_no_prompt_and_no_text_is_encoded_twice(run_tiny, monkeypatch):
 
     run_tiny("adpa", teacher_ref="none")
 
+    # The templates of student and teacher are compared on a chat of its own.
+    calls = {key: count for key, count in calls.items() if key[1] != "a"}
     assert len(calls) == 8
     assert set(calls.values()) == {1}
 
