@@ -469,6 +469,20 @@ def test_r09_the_end_of_turn_is_found_in_the_template(tmp_path):
     assert response[-1] == end_of_turn
 
 
+def test_r09_each_of_several_tokens_ends_a_sample(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "<|pad|>"
+    lm = lm_with(tokenizer, tmp_path, eos_token_id=3)
+    words = lm.plain_ids("A thing.")
+    assert len(lm.eos_ids) == 3
+
+    for token in lm.eos_ids:
+        # What `generate` returns for a response that is shorter than another one of its batch.
+        sample = lm.decode_response([*words, token, lm.eos_ids[0], lm.eos_ids[0]])
+
+        assert sample == {"text": "A thing.", "finished": True, "token_ids": [*words, token]}
+
+
 def padding_apart_and_padding_is_end(tmp_path: Path) -> list[LM]:
     """One model twice: with a padding token of its own, and with the end of turn (5) as padding."""
     model = make_model(400)
