@@ -4,6 +4,7 @@ A mistake that the code looks for is one line (test_common.py, test_hostile.py, 
 most of them). Every other error keeps its traceback. No script warns of anything.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +127,19 @@ def test_a_reward_module_that_does_not_exist_is_one_line(tmp_path):
     )
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+# --------------------------------------------------------------------------- errors of the system
+def test_a_full_disk_is_one_line_and_another_error_of_the_system_keeps_its_traceback(capsys):
+    args = SimpleNamespace(resume="", output_dir="")
+
+    with pytest.raises(SystemExit) as stopped, common.exit_in_one_line(args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(FileNotFoundError), common.exit_in_one_line(args):
+        raise OSError(errno.ENOENT, "No such file or directory")
+
+    assert stopped.value.code == 2
+    assert "No space left on device" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------- Ctrl-C
