@@ -1035,7 +1035,7 @@ def main(args: Args):
         args,
         at_least_0=["sample_temperature", "margin_scale", "kl_coef", "nll_coef", "best_of"],
     )
-    if args.max_edit_tokens < 1:
+    if not 1 <= args.max_edit_tokens < math.inf:  # NaN is refused as well
         stop(f"--max_edit_tokens {args.max_edit_tokens} must be a number of at least 1")
 
     # ------------------------------------------------------------------------------ models and data

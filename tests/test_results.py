@@ -593,7 +593,7 @@ def test_a_run_is_what_its_command_does_and_is_not_made_again(tmp_path, monkeypa
     assert flags_of_b["loss"] == "dpo"
     assert flags_of_b["seed"] == 3
     # What a terminal would show.
-    assert "reward_after" in (tmp_path / "a__3.log").read_text()
+    assert "better than before" in (tmp_path / "a__3.log").read_text()
 
     own = ["--seed", "3", "--output_dir", str(tmp_path / "own")]
     subprocess.run(
