@@ -610,7 +610,7 @@ def test_a_run_is_what_its_command_does_and_is_not_made_again(tmp_path, monkeypa
     assert weights["a__3"] == weights["own"]
     assert weights["a__3"] != weights["b__3"]
 
-    message = r"c with seed 3 failed: see .*c__3\.log, which ends in: error: cannot load"
+    message = r"c__3 failed: see .*c__3\.log, which ends in: error: cannot load"
     with pytest.raises(SystemExit, match=message):
         compare.execute("c", 3, tmp_path)
     assert "error: cannot load" in (tmp_path / "c__3.log").read_text()
