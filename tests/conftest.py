@@ -186,6 +186,12 @@ def padded_averages(lm, examples, vocab_size: int) -> torch.Tensor:
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "common")
 
 
+def one_short(names: list[str], short: str) -> list:
+    """Parameters of a test whose promise is kept by code that all of them share: the short suite
+    tests one of them, and the others are long tests."""
+    return [name if name == short else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def command_line(flags: dict) -> list[str]:
     """{"seed": 1} as words. A flag that is True stands alone, False and None are left out, and a
     tuple has several values."""

@@ -492,7 +492,7 @@ def deadly(prompts, responses) -> list[float]:
     return vowels(prompts, responses)
 
 
-@pytest.mark.parametrize("refresh_every", [4, 0])
+@pytest.mark.parametrize("refresh_every", [4, pytest.param(0, marks=pytest.mark.slow)])
 def test_r36_a_run_that_died_between_two_samplings_goes_on_with_the_same_answers(
     refresh_every, pairs, tmp_path
 ):

@@ -15,6 +15,7 @@ from conftest import (
     TINY_RUN,
     first_rows,
     one_error_line,
+    one_short,
     read_jsonl,
     run_script,
     save,
@@ -626,7 +627,7 @@ def check_run_without_reward(run: Path):
             assert value is None or not re.search("reward|win_rate|best_of", name), name
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", one_short(SCRIPTS, "rm_distiller"))
 def test_r69_a_run_without_reward_trains_saves_and_answers(
     script, run_tiny, pairs, tmp_path, capsys
 ):
@@ -692,7 +693,7 @@ def refusal(pairs, tmp_path, capsys):
     return run
 
 
-@pytest.mark.parametrize("script", EVERY_SCRIPT)
+@pytest.mark.parametrize("script", one_short(EVERY_SCRIPT, "dckd"))
 def test_r69_own_data_is_not_evaluated_on_the_playground(script, refusal):
     assert PASS_EVAL_DATA in refusal(script, data="own")
     assert PASS_EVAL_DATA in refusal(script, data="own", reward="none")
@@ -703,7 +704,7 @@ def test_r69_own_data_is_not_evaluated_on_the_playground(script, refusal):
     assert CANNOT_JUDGE in refusal(script, eval_data="own")
 
 
-@pytest.mark.parametrize("script", EVERY_SCRIPT)
+@pytest.mark.parametrize("script", one_short(EVERY_SCRIPT, "dckd"))
 def test_r69_own_data_with_what_it_needs_and_the_playgrounds_rows_elsewhere_are_taken(
     script, refusal
 ):

@@ -97,7 +97,7 @@ def slow_advantages(credit: str, log_ratios: list[list[float]], rewards: list[fl
     return advantages
 
 
-@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("scale", [True, pytest.param(False, marks=pytest.mark.slow)])
 @every_credit
 def test_r04_a_step_equals_a_slow_loop_over_plain_forward_passes(
     credit, scale, checkpoints, pairs, run_tiny

@@ -30,6 +30,7 @@ from conftest import (
     make_model,
     make_tokenizer,
     one_error_line,
+    one_short,
     packed_logps,
     plain_log_probs,
     read_jsonl,
@@ -433,7 +434,7 @@ def resume_error(script: str, run: Path, capsys) -> str:
     return "".join(line for line in lines if "cannot resume" in line)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", one_short(SCRIPTS, "adpa"))
 def test_r76_a_run_is_not_resumed_on_other_rows(script, begun, capsys):
     run = begun(script)
     assert resume_error(script, run, capsys) == ""
@@ -452,7 +453,7 @@ def test_r76_a_run_is_not_resumed_on_other_rows(script, begun, capsys):
     assert resume_error(script, run, capsys) == ""
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", one_short(SCRIPTS, "adpa"))
 def test_r76_a_run_is_not_resumed_with_other_models(script, begun, capsys):
     run = begun(script)
     for name in ("student", "teacher"):
@@ -775,6 +776,7 @@ load_reward_function(sys.argv[1], device)
 """
 
 
+@pytest.mark.slow
 def test_r74_guards_hold_under_python_O(checkpoints):
     process = subprocess.run(
         [sys.executable, "-O", "-c", TWO_GUARDS, checkpoints["teacher"]],
