@@ -39,6 +39,7 @@ from bisect import bisect_left, bisect_right
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -88,9 +89,21 @@ RELEASED_PAD = "-m studies.released pad --scores {pad}/scores_1.jsonl"
 RLOO = "-m studies.rloo --max_steps 126" + SHORT
 ORACLE = " --eval_reward playground.world:reward"
 
+
+def best_flags(name: str) -> str:
+    """The flags of a method's best setting, as `studies.tune` found it, to be put behind the
+    method's command. They are none if it was not tuned."""
+    path = ROOT / "docs/tuning.json"
+    if not path.exists():
+        return ""
+    best = json.loads(path.read_text())["best"]
+    return f" {best[name]['flags']}" if name in best else ""
+
+
 # The command of every run, by its name. `{name}` is the folder of that run with the same seed, and
 # `{file:name}` is a data file that a function of DATA_FILES makes from that run. A run waits for
-# the runs that it names, and stands behind them.
+# the runs that it names, and stands behind them. The tuned settings come in here:
+# "adpa.py" + best_flags("adpa").
 RUNS = {
     # What was there before training. These are not trained, only judged.
     "student": "-m studies.measure playground/student",
@@ -179,7 +192,7 @@ for kl_coef in KL_WEIGHTS:
     RUNS[f"rloo_bt_{kl_coef}"] = RLOO + price + " --reward {rm_bt_plain}/model" + ORACLE
 README_RUNS = ["dpo_student", "sft", "vanilla_kd", "dckd", "adpa", "adpa_plus", "pad", "dpkd"]
 README_RUNS += ["reverse_kl"]
-PLACEHOLDER = re.compile(r"{(?:(\w+):)?(\w+)}")
+PLACEHOLDER = re.compile(r"{(?:(\w+):)?([\w.-]+)}")
 
 
 def needs(command: str) -> list[str]:
@@ -380,13 +393,20 @@ def execute_all(
     responses: int = 0,
     after_each=None,
 ):
-    """Makes the runs of all names and seeds, `at_once` at a time, always the first that is ready,
-    and judges their models on so many responses. After each, after_each() is called. The first run
-    that fails ends all: no other is begun."""
+    """Makes the runs of all names and seeds, and judges their models on so many responses. The
+    first run that fails ends all: no other is begun."""
     output_dir.mkdir(parents=True, exist_ok=True)
     waiting = []
     for seed in seeds:
         waiting += [(name, seed) for name in names]
+    make_one = partial(make, output_dir=output_dir, responses=responses)
+    execute_in_turn(waiting, at_once, make_one, after_each)
+
+
+def execute_in_turn(waiting: list[tuple], at_once: int, make_one, after_each=None):
+    """Calls make_one(name, seed) for all that wait, `at_once` at a time, always for the first that
+    is ready. After each, after_each() is called. The first error ends all: no other is begun."""
+    waiting = list(waiting)
     running = {}  # the run of every future
     finished = set()
     progress = tqdm(total=len(waiting), desc="runs", smoothing=0.05)
@@ -395,8 +415,7 @@ def execute_all(
             ready = first_ready(waiting, finished)
             while ready is not None and len(running) < at_once:
                 waiting.remove(ready)
-                name, seed = ready
-                running[pool.submit(make, name, seed, output_dir, responses)] = ready
+                running[pool.submit(make_one, *ready)] = ready
                 ready = first_ready(waiting, finished)
             if not running:
                 raise ValueError(f"what these need is not among the names: {waiting}")
