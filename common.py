@@ -390,16 +390,12 @@ class LM:
         start = max(0, same - 20)
         return [f"{text[start : start + 60]!r} as {decoded[start : start + 60]!r}"]
 
-    def try_encode(self, prompt: list[dict], responses=()) -> tuple[list[int], list[list[int]]]:
-        """Token ids of a prompt, and of each response to it. ChatTemplateError if the chat template
-        refuses the prompt, or changes it once it is answered."""
-        prompt_ids = self.ids_of_prompt(prompt)
-        return prompt_ids, [self.ids_of_response(prompt, response) for response in responses]
-
     def encode(self, prompt: list[dict], responses=()) -> tuple[list[int], list[list[int]]]:
-        """Like `try_encode`. The program ends where that raises a ChatTemplateError."""
+        """Token ids of a prompt, and of each response to it. The program ends if the chat template
+        refuses the prompt, or changes it once it is answered."""
         try:
-            return self.try_encode(prompt, responses)
+            prompt_ids = self.ids_of_prompt(prompt)
+            return prompt_ids, [self.ids_of_response(prompt, response) for response in responses]
         except ChatTemplateError as error:
             stop(str(error))
 
@@ -1751,9 +1747,9 @@ def check_flags(args, at_least_0: list[str]):
             stop(f"--track {args.track} needs a package: pip install {package}")
 
 
-# What is in a run's folder before its first stage has a result.
+# What is in a run's folder before its first stage has a result, also with .partial behind it.
 LOCK = "run.lock"
-WRITTEN_FIRST = {LOCK, "args.json", "args.json.partial", "inputs.json", "inputs.json.partial"}
+WRITTEN_FIRST = {LOCK, "args.json", "inputs.json"}
 LOCKS = {}  # of the run folders that this process has
 
 
@@ -1860,7 +1856,7 @@ def has_results(folder: Path) -> bool:
         return False
     for path in folder.iterdir():
         is_empty = path.suffix == ".jsonl" and path.stat().st_size == 0
-        if path.name not in WRITTEN_FIRST and not is_empty:
+        if path.name.removesuffix(".partial") not in WRITTEN_FIRST and not is_empty:
             return True
     return False
 
@@ -1921,11 +1917,8 @@ def read_inputs(run_dir: Path) -> dict:
 def write_json(path: Path, content):
     """Writes a file wholly or not at all."""
     partial_path = path.with_name(f"{path.name}.partial")
-    try:
-        partial_path.write_text(json.dumps(content, indent=1))
-        partial_path.replace(path)
-    except OSError as error:
-        stop(f"cannot write to {path.parent}: {error}")
+    partial_path.write_text(json.dumps(content, indent=1))
+    partial_path.replace(path)
 
 
 @torch.no_grad()
@@ -1973,14 +1966,9 @@ def check_rows(problem: str, before: list[str], now: list[str], examples: list[E
         texts = []
         for ids in (example.prompt_ids, *example.response_ids):
             texts.append(repr(tokenizer.decode(ids)[:150]))
-        old_id, old_tokens, _ = old.split()
-        new_id, new_tokens, _ = new.split()
-        difference = "other columns"
-        if old_tokens != new_tokens:
-            difference = "other tokens"
-        if old_id != new_id:
-            difference = "another text"
-        row = f"row {row_numbers([example])} has {difference} than when the run began"
+        parts = zip(["another text", "other tokens", "other columns"], old.split(), new.split())
+        difference = next(name for name, old_part, new_part in parts if old_part != new_part)
+        row = f"row {row_number(example.row)} has {difference} than when the run began"
         stop(f"{problem}, {row}; now: {' '.join(texts)}")
 
 
@@ -2153,9 +2141,7 @@ def add_seconds(run_dir: Path, stage: str, seconds: float):
     """Adds to what a stage took so far. A run that is resumed goes on counting."""
     timings = read_timings(run_dir)
     timings[stage] = timings.get(stage, 0.0) + seconds
-    partial_path = run_dir / "timings.json.partial"
-    partial_path.write_text(json.dumps(timings, indent=1))
-    partial_path.replace(run_dir / "timings.json")
+    write_json(run_dir / "timings.json", timings)
 
 
 class Metrics:
@@ -2193,9 +2179,7 @@ class Metrics:
         lines = []
         for row in rows[:count]:
             lines.append(f"    {one_line(prompt_text(row['prompt']))}")
-            reward = row.get("reward")
-            number = "" if reward is None else f"{reward:.2f}"
-            lines.append(f"    {number:>8}   {one_line(row['text'])}")
+            lines.append(f"    {short_reward(row):>8}   {one_line(row['text'])}")
         # Lines that are indented by four columns are shown as they are.
         self.writer.add_text("responses", "\n".join(lines), step)
         self.writer.flush()
@@ -2268,9 +2252,7 @@ def standard_error(values: list[float]) -> float:
 
 def compare_rewards(before: list[dict], after: list[dict], teacher: list[dict]) -> dict:
     """The mean rewards of three evaluations, and how often the trained student beats itself before
-    training: the mean over prompts of 1 for a higher reward, ½ for an equal one, 0 for a lower one.
-
-    A prompt counts if both responses have a reward. With --reward none there is nothing to compare.
+    training, the mean of `find_wins`. With --reward none there is nothing to compare.
     """
     if "reward" not in before[0]:
         return {}
@@ -2279,18 +2261,25 @@ def compare_rewards(before: list[dict], after: list[dict], teacher: list[dict]) 
         "reward_after": mean_reward(after),
         "reward_teacher": mean_reward(teacher),
     }
+    wins = find_wins(before, after)
+    if wins:
+        results["win_rate"] = statistics.mean(wins)
+        results["win_rate_stderr"] = standard_error(wins)
+    return results
+
+
+def find_wins(before: list[dict], now: list[dict]) -> list[float]:
+    """1 for a prompt whose response has a higher reward than before, ½ for an equal one, 0 for a
+    lower one. Prompts of which one response has no reward are left out."""
     wins = []
-    for old, new in zip(before, after, strict=True):
+    for old, new in zip(before, now, strict=True):
         if old["reward"] is None or new["reward"] is None:
             continue
         if new["reward"] == old["reward"]:
             wins.append(0.5)
         else:
             wins.append(float(new["reward"] > old["reward"]))
-    if wins:
-        results["win_rate"] = statistics.mean(wins)
-        results["win_rate_stderr"] = standard_error(wins)
-    return results
+    return wins
 
 
 def save_model(lm: LM, folder: Path):
@@ -2321,7 +2310,7 @@ def save_summary(run_dir: Path, results: dict, counts: dict, args):
     summary["device"] = str(choose_device(args.device))
     for package in ("torch", "transformers", "datasets", "tyro"):
         summary[package] = importlib.metadata.version(package)
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
+    write_json(run_dir / "summary.json", summary)
 
 
 def print_fact(name: str, text):
@@ -2374,6 +2363,12 @@ def one_line(text: str, limit: int = 300) -> str:
     return text if len(text) <= limit else text[:limit] + " …"
 
 
+def short_reward(row: dict) -> str:
+    """The reward of a response with two digits, or "" if it has none."""
+    reward = row.get("reward")
+    return "" if reward is None else f"{reward:.2f}"
+
+
 def print_samples(evaluations: dict[str, list[dict]], count: int = 4):
     """Responses to the first different held-out prompts, from {"before": rows, "now": rows}."""
     header = "responses to held-out prompts"
@@ -2388,9 +2383,7 @@ def print_samples(evaluations: dict[str, list[dict]], count: int = 4):
         shown.append(prompt)
         print(f"\n  {prompt}")
         for name, row in zip(evaluations, rows):
-            reward = row.get("reward")
-            number = "" if reward is None else f"{reward:.2f}"
-            print(f"    {name:<8}{number:>6}   {one_line(row['text'])}")
+            print(f"    {name:<8}{short_reward(row):>6}   {one_line(row['text'])}")
 
 
 def print_rewards(evaluations: dict[str, list[dict]], best_possible: float | None):
@@ -2406,22 +2399,12 @@ def print_rewards(evaluations: dict[str, list[dict]], best_possible: float | Non
     for name, rows in evaluations.items():
         line = f"{mean_reward(rows):8.3f}"
         if name == "now":
-            line += f"   {compare_pairs(before, rows)}"
+            wins = find_wins(before, rows)
+            better = f"{wins.count(1.0) / len(rows):.0%} of the prompts"
+            line += f"   better than before on {better}, worse on {wins.count(0.0) / len(rows):.0%}"
         print_fact(name, line)
     if best_possible is not None:
         print_fact("best possible", f"{best_possible:8.3f}")
-
-
-def compare_pairs(before: list[dict], now: list[dict]) -> str:
-    """Example: "better than before on 60% of the prompts, worse on 10%"."""
-    better = 0
-    worse = 0
-    for old, new in zip(before, now, strict=True):
-        if old["reward"] is not None and new["reward"] is not None:
-            better += new["reward"] > old["reward"]
-            worse += new["reward"] < old["reward"]
-    shares = f"{better / len(now):.0%} of the prompts, worse on {worse / len(now):.0%}"
-    return f"better than before on {shares}"
 
 
 def print_end(run_dir: Path, args, seconds: float, *, is_reward_model: bool = False):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from conftest import ROOT, command_line, first_rows, one_error_line, training_rows
 
 import dckd
-from common import cached_map, load_checkpoint, save_checkpoint
+from common import cached_map, load_checkpoint, save_checkpoint, save_summary
 
 # -------------------------------------------------------------------------------------- checkpoints
 COUNTS = {"tokens": 10, "seconds": 1.0}
@@ -118,6 +119,18 @@ def run_python(*words: str) -> subprocess.CompletedProcess:
         text=True,
         timeout=200,
     )
+
+
+def test_r37_a_summary_that_a_full_disk_cuts_is_no_sign_of_a_finished_run(tmp_path):
+    _, largest = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, largest))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_summary(tmp_path, {}, COUNTS, dckd.Args(device="cpu"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+
+    assert not (tmp_path / "summary.json").exists()
 
 
 @pytest.mark.slow
