@@ -308,8 +308,9 @@ def remove_run(run: Path, output_dir: Path):
         shutil.rmtree(run)
 
 
-def execute(name: str, seed: int, output_dir: Path):
-    """Makes one run, unless it is finished. What it prints stands in <run>.log."""
+def execute(name: str, seed: int, output_dir: Path, run_command=None):
+    """Makes one run, unless it is finished. What it prints stands in <run>.log. In place of
+    `run_process` another function may run the command."""
     run = run_folder(output_dir, name, seed)
     # Not by with_suffix, which would take the end of "adpa_gamma_0.1__5" for a suffix.
     log = output_dir / f"{run.name}.log"
@@ -318,7 +319,8 @@ def execute(name: str, seed: int, output_dir: Path):
         return
     remove_run(run, output_dir)
     log.write_text(command + "\n")
-    run_process(command, log)
+    run_command = run_command or run_process
+    run_command(command, log)
 
 
 def run_process(command: str, log: Path):
@@ -344,7 +346,7 @@ JUDGED_BY = ["eval_data", "eval_config", "eval_split", "reward", "reward_label"]
 JUDGED_BY += ["max_response_tokens"]
 
 
-def measure(name: str, seed: int, output_dir: Path, responses: int):
+def measure(name: str, seed: int, output_dir: Path, responses: int, run_command=None):
     """Judges the model that a run ended with on many responses, unless that was done. Reward models
     are left out, and so are runs without a reward."""
     run = run_folder(output_dir, name, seed)
@@ -360,7 +362,8 @@ def measure(name: str, seed: int, output_dir: Path, responses: int):
     for flag in JUDGED_BY:
         if args[flag] != "":
             words += [f"--{flag}", str(args[flag])]
-    run_process(shlex.join(words), output_dir / f"{run.name}.log")
+    run_command = run_command or run_process
+    run_command(shlex.join(words), output_dir / f"{run.name}.log")
 
 
 def make(name: str, seed: int, output_dir: Path, responses: int):

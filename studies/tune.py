@@ -18,9 +18,14 @@ removed once it is judged.
 """
 
 import json
+import multiprocessing
+import os
 import re
+import runpy
+import shlex
 import shutil
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -165,9 +170,30 @@ METHODS = {
         ],
     ),
     "rm": Method(
-        "RM-Distiller",
+        "RM-Distiller, the full method",
         ANNOTATED,
         ["--kl_coef 0.03", "--kl_coef 0.1", "--kl_coef 0.3"],
+        key="accuracy",
+    ),
+    # What the full reward model is compared with.
+    "rm_margin_refined": Method(
+        "reward model: margin loss, refined pairs",
+        ANNOTATED + " --kl_coef 0",
+        key="accuracy",
+    ),
+    "rm_bt_refined": Method(
+        "reward model: Bradley-Terry, refined pairs",
+        ANNOTATED + " --no-margin --kl_coef 0",
+        key="accuracy",
+    ),
+    "rm_margin_plain": Method(
+        "reward model: margin loss, plain labels",
+        ANNOTATED + " --no-refine --kl_coef 0",
+        key="accuracy",
+    ),
+    "rm_bt_plain": Method(
+        "reward model: Bradley-Terry, plain labels",
+        ANNOTATED + " --no-refine --no-margin --kl_coef 0",
         key="accuracy",
     ),
     "seqkd": Method(
@@ -189,7 +215,7 @@ METHODS = {
     "adpa_plus": Method("ADPA+", "adpa.py --student {start}/model", GAMMAS, start="dckd"),
 }
 # Their students are started from.
-STARTS = {method.start for method in METHODS.values()}
+STARTS = {method.start for method in METHODS.values() if method.start}
 
 
 @dataclass(frozen=True)
@@ -215,12 +241,17 @@ def settings(name: str) -> list[Setting]:
     return [Setting(name, flags, rate) for flags in method.coefficients for rate in method.rates]
 
 
-def command_of(setting: Setting, results: dict) -> str:
-    """The command of a setting, as those of `compare.RUNS`."""
+# The finished cells of every setting by seed: {setting: {seed: cell}}.
+Cells = dict[Setting, dict[int, dict]]
+
+
+def command_of(setting: Setting, cells: Cells) -> str:
+    """The command of a setting, as those of `compare.RUNS`. Where it starts from the best student
+    of another method, that one is among the cells."""
     method = METHODS[setting.method]
     command = method.command
     if method.start:
-        start = best_setting(results, method.start)
+        start = best_setting(cells, method.start)
         if start is None:
             raise SystemExit(
                 f"{setting.method} starts from the best of {method.start}: none is known"
@@ -231,120 +262,115 @@ def command_of(setting: Setting, results: dict) -> str:
 
 
 # ------------------------------------------------------------------------------------------ results
-def read_results(path: Path) -> dict:
-    """What docs/tuning.json holds: {"best": {method: ...}, "cells": [...]}."""
+def read_cells(path: Path) -> Cells:
+    """The cells of docs/tuning.json, which need not be there yet."""
+    cells = {setting: {} for name in METHODS for setting in settings(name)}
     if path.exists():
-        return json.loads(path.read_text())
-    return {"best": {}, "cells": []}
-
-
-def write_results(results: dict, root: Path):
-    """Writes docs/tuning.json, wholly or not at all, and the tables of docs/tuning.md."""
-    # Another thread may be adding a cell.
-    results = {**results, "cells": list(results["cells"]), "best": best_of_all(results)}
-    path = root / "docs/tuning.json"
-    partial_path = path.with_name("tuning.json.partial")
-    partial_path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-    partial_path.replace(path)
-    compare.replace_block(root / "docs/tuning.md", "tuning", report(results))
-
-
-def cells_of(results: dict, setting: Setting) -> dict[int, dict]:
-    """The finished cells of a setting, by seed."""
-    cells = {}
-    for cell in results["cells"]:
-        if Setting(cell["method"], cell["coefficient"], cell["learning_rate"]) == setting:
-            cells[cell["seed"]] = cell
+        for cell in json.loads(path.read_text())["cells"]:
+            setting = Setting(cell["method"], cell["coefficient"], cell["learning_rate"])
+            cells.setdefault(setting, {})[cell["seed"]] = cell
     return cells
 
 
-def find_cell(results: dict, setting: Setting, seed: int, command: str) -> dict | None:
-    """The finished cell of a setting, a seed and this command, if there is one."""
-    cell = cells_of(results, setting).get(seed)
-    return cell if cell is not None and cell["command"] == f"python {command}" else None
+def write_results(cells: Cells, root: Path):
+    """Writes docs/tuning.json, wholly or not at all, and the tables of docs/tuning.md."""
+    # Another thread may be adding a cell. A copy is made at once.
+    cells = {setting: dict(by_seed) for setting, by_seed in cells.items()}
+    flat = []
+    for by_seed in cells.values():
+        flat += by_seed.values()
+    path = root / "docs/tuning.json"
+    partial_path = path.with_name("tuning.json.partial")
+    results = {"best": best_of_all(cells), "cells": flat}
+    partial_path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    partial_path.replace(path)
+    compare.replace_block(root / "docs/tuning.md", "tuning", report(cells))
 
 
-def shared_seeds(results: dict, name: str) -> list[int]:
-    """The seeds with which all settings of a method are finished. Only these choose the best:
-    a setting must not win because its seeds were others."""
-    seeds = [set(cells_of(results, setting)) for setting in settings(name)]
+def shared_seeds(cells: Cells, name: str) -> list[int]:
+    """The seeds with which all settings of a method are finished. Only these choose the best: a
+    setting must not win because its seeds were others."""
+    seeds = [set(cells[setting]) for setting in settings(name)]
     return sorted(set.intersection(*seeds))
 
 
-def setting_values(results: dict, setting: Setting, seeds: list[int]) -> list[float]:
-    """One value a seed, or [] if one of them diverged."""
-    cells = cells_of(results, setting)
-    values = []
+def values(cells: Cells, setting: Setting, seeds: list[int]) -> list[float]:
+    """What a setting reached with every seed with which it did not diverge."""
+    reached = []
     for seed in seeds:
-        if "diverged" in cells[seed]:
-            return []
-        values.append(cells[seed][METHODS[setting.method].key])
-    return values
+        if "diverged" not in cells[setting][seed]:
+            reached.append(cells[setting][seed][METHODS[setting.method].key])
+    return reached
 
 
-def best_setting(results: dict, name: str) -> Setting | None:
-    """The setting with the highest mean over the seeds that all settings of the method have. None
-    if there is no such seed, or all settings diverged."""
-    seeds = shared_seeds(results, name)
-    if not seeds:
-        return None
+def best_setting(cells: Cells, name: str) -> Setting | None:
+    """The setting with the highest mean over the seeds that all settings of the method have, none
+    of which diverged. None if there is no such seed or no such setting."""
+    seeds = shared_seeds(cells, name)
     means = {}
     for setting in settings(name):
-        values = setting_values(results, setting, seeds)
-        if values:
-            means[setting] = statistics.mean(values)
+        reached = values(cells, setting, seeds)
+        if seeds and len(reached) == len(seeds):
+            means[setting] = statistics.mean(reached)
     return max(means, key=means.get) if means else None
 
 
-def best_of_all(results: dict) -> dict[str, dict]:
+def best_of_all(cells: Cells) -> dict[str, dict]:
     """{method: its best flags, and what they reached}."""
     best = {}
     for name, method in METHODS.items():
-        setting = best_setting(results, name)
+        setting = best_setting(cells, name)
         if setting is None:
             continue
-        seeds = shared_seeds(results, name)
-        values = setting_values(results, setting, seeds)
+        seeds = shared_seeds(cells, name)
+        reached = values(cells, setting, seeds)
         best[name] = {
             "flags": setting.flags(),
             "coefficient": setting.coefficient,
             "learning_rate": setting.rate,
-            method.key: statistics.mean(values),
-            "standard_error": standard_error(values),
+            method.key: statistics.mean(reached),
+            "standard_error": standard_error(reached),
             "seeds": seeds,
         }
     return best
 
 
 # ------------------------------------------------------------------------------------------- report
-def report(results: dict) -> str:
+def report(cells: Cells) -> str:
     """All tables: a row a method and coefficient, a column a learning rate."""
-    if not results["cells"]:
+    finished = []
+    count = 0
+    for name in METHODS:
+        for setting in settings(name):
+            finished += cells[setting].values()
+            count += SEEDS
+    if not finished:
         return "No cell has been made yet."
-    text = [progress(results)]
+    text = [progress(finished, count)]
     for rates in different_rates():
         lines = []
         for name, method in METHODS.items():
-            if method.rates == rates and any(cells_of(results, s) for s in settings(name)):
-                lines += method_lines(results, name)
+            if method.rates == rates and any(cells[setting] for setting in settings(name)):
+                lines += method_lines(cells, name)
         if lines:
             text.append(markdown(["method", "coefficient", *rates], lines))
-    if results["best"]:
+    lines = best_lines(cells)
+    if lines:
         header = ["method", "best setting", "reached", "at an edge of the grid"]
-        text.append("The best setting of each:\n\n" + markdown(header, best_lines(results)))
+        text.append("The best setting of each:\n\n" + markdown(header, lines))
     return "\n\n".join(text)
 
 
-def progress(results: dict) -> str:
+def progress(finished: list[dict], count: int) -> str:
     """How many cells are finished, with what, and whether some are missing."""
-    cells = results["cells"]
-    seeds = sorted({cell["seed"] for cell in cells})
-    settings_count = sum(len(settings(name)) for name in METHODS)
-    wanted = settings_count * SEEDS
-    versions = sorted({f"torch {cell['torch']}" for cell in cells if "torch" in cell})
-    text = f"{len(cells)} cells, seeds {', '.join(map(str, seeds))}, {', '.join(versions)}."
-    if len(cells) < wanted:
-        text = f"**Incomplete**: {len(cells)} of {wanted} cells are finished. {text}"
+    seeds = sorted({str(cell["seed"]) for cell in finished})
+    libraries = set()
+    for cell in finished:
+        if "torch" in cell:
+            libraries.add(f"torch {cell['torch']}, transformers {cell['transformers']}")
+    text = f"{len(finished)} cells, seeds {', '.join(seeds)}; {' or '.join(sorted(libraries))}."
+    if len(finished) < count:
+        return f"**Incomplete**: {len(finished)} of {count} cells are finished. {text}"
     return text
 
 
@@ -357,42 +383,41 @@ def different_rates() -> list[list[str]]:
     return ladders
 
 
-def method_lines(results: dict, name: str) -> list[list[str]]:
+def method_lines(cells: Cells, name: str) -> list[list[str]]:
     """A line for every value of a method's coefficient, the best setting in bold."""
-    best = best_setting(results, name)
+    best = best_setting(cells, name)
     lines = []
     for coefficient in METHODS[name].coefficients:
         line = [METHODS[name].label, f"`{coefficient}`" if coefficient else ""]
         for rate in METHODS[name].rates:
             setting = Setting(name, coefficient, rate)
-            text = cell_text(results, setting)
+            text = cell_text(cells, setting)
             line.append(f"**{text}**" if setting == best else text)
         lines.append(line)
     return lines
 
 
-def cell_text(results: dict, setting: Setting) -> str:
+def cell_text(cells: Cells, setting: Setting) -> str:
     """Mean ± standard error over the seeds that did not diverge, how many did, and how many seeds
     there are if some are missing."""
-    cells = cells_of(results, setting)
-    if not cells:
+    seeds = list(cells[setting])
+    if not seeds:
         return "–"
-    values = []
-    for cell in cells.values():
-        if "diverged" not in cell:
-            values.append(cell[METHODS[setting.method].key])
-    text = mean_and_error(values) if values else ""
-    if len(values) < len(cells):
-        text += f" diverged: {len(cells) - len(values)} of {len(cells)}"
-    if len(cells) < SEEDS:
-        text += f" (seeds: {len(cells)})"
-    return text.strip()
+    parts = []
+    reached = values(cells, setting, seeds)
+    if reached:
+        parts.append(mean_and_error(reached))
+    if len(reached) < len(seeds):
+        parts.append(f"diverged: {len(seeds) - len(reached)} of {len(seeds)}")
+    if len(seeds) < SEEDS:
+        parts.append(f"(seeds: {len(seeds)})")
+    return " ".join(parts)
 
 
-def best_lines(results: dict) -> list[list[str]]:
-    """A line for every method. At an edge, the best of all may lie outside of the grid."""
+def best_lines(cells: Cells) -> list[list[str]]:
+    """A line for every method. At an edge, what is best of all may lie outside of the grid."""
     lines = []
-    for name, best in results["best"].items():
+    for name, best in best_of_all(cells).items():
         method = METHODS[name]
         reached = f"{best[method.key]:.3f}"
         if len(best["seeds"]) > 1:
@@ -402,12 +427,23 @@ def best_lines(results: dict) -> list[list[str]]:
         edges = []
         if best["learning_rate"] in (method.rates[0], method.rates[-1]):
             edges.append("learning rate")
-        # The first three values of a coefficient are in its order.
-        ordered = method.coefficients[:3]
-        if len(ordered) > 1 and best["coefficient"] in (ordered[0], ordered[-1]):
+        if is_edge(best["coefficient"], method.coefficients):
             edges.append("coefficient")
         lines.append([method.label, f"`{best['flags']}`", reached, ", ".join(edges)])
     return lines
+
+
+def is_edge(coefficient: str, coefficients: list[str]) -> bool:
+    """Whether one of the flags has the lowest or the highest of the values that are tried."""
+    words = coefficient.split()
+    for flag, value in zip(words[::2], words[1::2]):
+        tried = set()
+        for other in coefficients:
+            others = other.split()
+            tried.add(float(others[others.index(flag) + 1]))
+        if len(tried) > 1 and float(value) in (min(tried), max(tried)):
+            return True
+    return False
 
 
 # ---------------------------------------------------------------------------------------- execution
@@ -416,25 +452,61 @@ NOT_FINITE = re.compile(r"error: (loss \S+, gradient norm \S+ in step \d+)")
 KEPT = ["args.json", "summary.json", "metrics.jsonl", "timings.json", "measured.json"]
 
 
+# A server that has imported the libraries once. Runs are forked from it, which saves each of them,
+# and each measurement, the four seconds that its imports would take.
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(
+    ["datasets", "torch", "transformers.models.llama.modeling_llama", "tyro"]
+)
+
+
+def run_forked(command: str, log: Path):
+    """Runs a command like `compare.run_process`, in a process of its own, but without imports."""
+    process = FORK_SERVER.Process(target=run_into, args=(command, log), daemon=True)
+    process.start()
+    process.join()
+    if process.exitcode:
+        last_line = log.read_text().rstrip().rpartition("\n")[2]
+        raise SystemExit(f"{log.stem} failed: see {log}, which ends in: {last_line}")
+
+
+def run_into(command: str, log: Path):
+    """What such a process does: `python <command>` with its output behind what stands in a file."""
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    words = shlex.split(command)
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+
+
 @dataclass
 class Study:
-    """What is made, and what has come out so far."""
+    """What is to be made, and what has come out so far."""
 
     output_dir: Path
     responses: int
-    results: dict
+    cells: Cells
+    missing: dict[str, Setting] = field(default_factory=dict)
+    """the settings of the cells that are to be made, by the names of their runs"""
     failed: list[str] = field(default_factory=list)
     """the errors of cells that failed in another way than by a loss that is not finite"""
 
 
-def make(name: str, seed: int, *, study: Study, cells: dict[str, Setting]):
-    """Makes one of the `cells`, and notes its result. Any other run is made for those that need it.
-    A cell that fails does not end the study: the others do not need it."""
-    output_dir = study.output_dir
-    if name not in cells:
-        compare.execute(name, seed, output_dir)
+def make(name: str, seed: int, study: Study):
+    """Makes a cell and notes its result, or makes a run that cells need. A cell that fails does not
+    end the study: the others do not need it."""
+    if name not in study.missing:
+        compare.execute(name, seed, study.output_dir, run_forked)
         return
-    setting = cells[name]
+    setting = study.missing[name]
+    run = run_folder(study.output_dir, name, seed)
     started = time.time()
     cell = {
         "method": setting.method,
@@ -444,18 +516,18 @@ def make(name: str, seed: int, *, study: Study, cells: dict[str, Setting]):
         "command": f"python {compare.RUNS[name]}",
     }
     try:
-        compare.make(name, seed, output_dir, study.responses)
-        cell |= read_cell(run_folder(output_dir, name, seed), METHODS[setting.method].key)
+        compare.execute(name, seed, study.output_dir, run_forked)
+        compare.measure(name, seed, study.output_dir, study.responses, run_forked)
+        cell |= read_cell(run, METHODS[setting.method].key)
     except SystemExit as error:
-        log = output_dir / f"{run_folder(output_dir, name, seed).name}.log"
-        diverged = NOT_FINITE.search(log.read_text())
+        diverged = NOT_FINITE.search((study.output_dir / f"{run.name}.log").read_text())
         if diverged is None:
             study.failed.append(str(error))
             return
         cell["diverged"] = diverged[1]
     cell["seconds"] = round(time.time() - started, 1)
-    study.results["cells"].append(cell)
-    remove_large_files(run_folder(output_dir, name, seed), keep_model=setting.method in STARTS)
+    study.cells[setting][seed] = cell
+    remove_large_files(run, keep_model=setting.method in STARTS)
 
 
 def read_cell(run: Path, key: str) -> dict:
@@ -486,44 +558,40 @@ def remove_large_files(run: Path, *, keep_model: bool):
         path.unlink()
 
 
-def waiting_cells(names: list[str], seeds: range, results: dict) -> tuple[list[tuple], dict]:
-    """The runs (name, seed) that are missing, each behind the sources that it needs, and the
-    settings of the cells among them by name. All commands go into `compare.RUNS`."""
+def waiting_runs(names: list[str], seeds: range, study: Study) -> list[tuple[str, int]]:
+    """The runs (name, seed) that are missing, each behind those that it needs. Their commands go
+    into `compare.RUNS`. A cell that was made with another command is out of date, and removed."""
     compare.RUNS.update(SOURCES)
-    for start in filter(None, STARTS):
+    for start in STARTS:
         for setting in settings(start):
-            compare.RUNS[setting.name()] = command_of(setting, results)
+            compare.RUNS[setting.name()] = command_of(setting, study.cells)
+    study.missing = {}
     waiting = []
-    cells = {}
     for seed in seeds:
         for name in names:
             for setting in settings(name):
-                command = command_of(setting, results)
-                if find_cell(results, setting, seed, command) is not None:
+                command = command_of(setting, study.cells)
+                cell = study.cells[setting].pop(seed, {})
+                if cell.get("command") == f"python {command}":
+                    study.cells[setting][seed] = cell
                     continue
                 compare.RUNS[setting.name()] = command
-                cells[setting.name()] = setting
+                study.missing[setting.name()] = setting
                 for source in compare.needs(command):
                     if (source, seed) not in waiting:
                         waiting.append((source, seed))
                 waiting.append((setting.name(), seed))
-    return waiting, cells
+    return waiting
 
 
-def tune(names: list[str], seeds: range, study: Study, at_once: int, root: Path):
+def tune(names: list[str], seeds: range, study: Study, at_once: int):
     """Makes the missing cells of some methods, and writes what is there after each."""
-    results = study.results
-    waiting, cells = waiting_cells(names, seeds, results)
-    # A cell that was made with another command, or from another start, is out of date.
-    missing = [(cells[name], seed) for name, seed in waiting if name in cells]
-    results["cells"] = [cell for cell in results["cells"] if not is_one_of(cell, missing)]
-    make_one = partial(make, study=study, cells=cells)
-    compare.execute_in_turn(waiting, at_once, make_one, partial(write_results, results, root))
-
-
-def is_one_of(cell: dict, pairs: list[tuple[Setting, int]]) -> bool:
-    setting = Setting(cell["method"], cell["coefficient"], cell["learning_rate"])
-    return (setting, cell["seed"]) in pairs
+    compare.execute_in_turn(
+        waiting_runs(names, seeds, study),
+        at_once,
+        partial(make, study=study),
+        after_each=partial(write_results, study.cells, ROOT),
+    )
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -531,7 +599,7 @@ def is_one_of(cell: dict, pairs: list[tuple[Setting, int]]) -> bool:
 TYPICAL_SECONDS = 25
 
 
-def plan(names: list[str], seeds: range, results: dict) -> str:
+def plan(names: list[str], seeds: range, cells: Cells) -> str:
     """A line for every method: its cells, how many are missing, and about how long these take on
     one core, by the median of the finished ones."""
     lines = [["", "cells", "missing", "minutes"]]
@@ -539,8 +607,8 @@ def plan(names: list[str], seeds: range, results: dict) -> str:
     for name in names:
         finished = []
         for setting in settings(name):
-            cells = cells_of(results, setting)
-            finished += [cells[seed] for seed in seeds if seed in cells]
+            by_seed = cells[setting]
+            finished += [by_seed[seed] for seed in seeds if seed in by_seed]
         total = len(settings(name)) * len(seeds)
         missing = total - len(finished)
         seconds = TYPICAL_SECONDS
@@ -571,20 +639,22 @@ def main(args: Args):
         stop("--seeds, --at_once and --responses must be at least 1")
     names = chosen_methods(args.only)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    results = read_results(ROOT / "docs/tuning.json")
+    cells = read_cells(ROOT / "docs/tuning.json")
     if args.dry_run:
-        print(plan(names, seeds, results))
+        print(plan(names, seeds, cells))
         return
     if args.write_page:
-        write_results(results, ROOT)
+        write_results(cells, ROOT)
         return
 
-    study = Study(ROOT / args.output_dir, args.responses, results)
+    # With more threads, two runs on two cores would wait for each other.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    study = Study(ROOT / args.output_dir, args.responses, cells)
     study.output_dir.mkdir(parents=True, exist_ok=True)
-    tune([name for name in names if not METHODS[name].start], seeds, study, args.at_once, ROOT)
+    tune([name for name in names if not METHODS[name].start], seeds, study, args.at_once)
     # A method that starts from the best student of another comes after all seeds of that one.
-    tune([name for name in names if METHODS[name].start], seeds, study, args.at_once, ROOT)
-    write_results(results, ROOT)
+    tune([name for name in names if METHODS[name].start], seeds, study, args.at_once)
+    write_results(cells, ROOT)
     if study.failed:
         errors = "\n".join(study.failed)
         raise SystemExit(f"the same command makes the cells again that failed:\n{errors}")

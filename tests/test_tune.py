@@ -59,10 +59,12 @@ def test_every_flag_is_known_to_its_script():
 
 
 def test_methods_and_baselines_of_the_report_are_tuned():
-    """Of the READMEs table all that is trained."""
+    """All that is trained in the README's table, all reward models but the release's loss, and what
+    PAD, DPKD and DPO are compared with."""
     trained = set(compare.METHODS.values()) - {"student", "teacher"}
-    shown = {"pad_dpo", "pad_simpo", "pad_vpd", "rm", "seqkd", "kd", "dpo_large"}
-    assert trained - {"pad"} | shown <= METHODS.keys()
+    reward_models = set(compare.REWARD_MODELS.values()) - {"rm_released"}
+    others = {"pad_dpo", "pad_simpo", "pad_vpd", "seqkd", "kd", "dpo_large", "adpa_no_reference"}
+    assert trained | reward_models | others <= METHODS.keys()
 
 
 # ------------------------------------------------------------------------------ what a study does
@@ -87,7 +89,7 @@ class FakeRuns:
         self.errors = {}
         self.stop_after = None
 
-    def run_process(self, command: str, log: Path):
+    def run(self, command: str, log: Path):
         if len(self.commands) == self.stop_after:
             raise KeyboardInterrupt
         self.commands.append(command)
@@ -119,7 +121,8 @@ class FakeRuns:
 def fake(monkeypatch, tmp_path) -> FakeRuns:
     """Runs that are not made, in a project whose docs are a copy."""
     runs = FakeRuns()
-    monkeypatch.setattr(compare, "run_process", runs.run_process)
+    monkeypatch.setattr(tune, "run_forked", runs.run)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(compare, "RUNS", dict(compare.RUNS))
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     monkeypatch.setattr(tune, "ROOT", tmp_path)
@@ -158,7 +161,9 @@ def test_cells_are_made_and_the_best_is_found(fake, tmp_path):
         "tokens": 8.5,
         **VERSIONS,
     }
-    assert [cell["seed"] for cell in results["cells"]] == [101] * 9 + [102] * 9 + [103] * 9
+    # A run and its measurement each, all settings of a seed first.
+    seeds = [re.search(r"--seed (\d+)", command)[1] for command in fake.commands]
+    assert seeds == ["101"] * 18 + ["102"] * 18 + ["103"] * 18
     assert compare.best_flags("adpa") == " --gamma 1.4 --learning_rate 3e-3"
     assert compare.best_flags("dckd") == ""
     best = results["best"]["adpa"]
@@ -256,7 +261,7 @@ def test_stages_are_shared_by_the_cells_of_a_seed(fake, tmp_path, monkeypatch):
     assert not list((tmp_path / "runs").glob("*.best_and_worst.jsonl"))
     accuracies = [cell["accuracy"] for cell in results["cells"] if cell["method"] == "rm"]
     assert accuracies == [0.8] * 18
-    assert "| RM-Distiller | `--kl_coef 0.03" in page(tmp_path)
+    assert "| RM-Distiller, the full method | `--kl_coef 0.03" in page(tmp_path)
 
 
 def test_adpa_plus_starts_from_the_best_dckd_of_all_seeds(fake, tmp_path):
@@ -283,6 +288,31 @@ def test_adpa_plus_starts_from_the_best_dckd_of_all_seeds(fake, tmp_path):
     assert all("-1e-2__10" in command for command in again)
 
 
+@pytest.mark.slow
+def test_a_forked_run_is_what_its_command_does(tmp_path):
+    """Of a script and of a module: arguments, folder, threads, output. A failed one is named."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\n"
+        "print(sys.argv[1:], os.getcwd(), __name__)\n"
+        "print('to stderr', file=sys.stderr)\n"
+        "sys.exit('a bug' if 'bad' in sys.argv else 0)\n"
+    )
+    log = tmp_path / "run__1.log"
+    log.write_text("the command\n")
+    tune.run_forked(f"{script} --seed '1 2'", log)
+    lines = log.read_text().splitlines()
+    assert sorted(lines) == sorted(
+        ["the command", "to stderr", f"['--seed', '1 2'] {ROOT} __main__"]
+    )
+    with pytest.raises(SystemExit, match=r"run__1 failed: see .*, which ends in: a bug"):
+        tune.run_forked(f"{script} bad", log)
+
+    module_log = tmp_path / "module.log"
+    tune.run_forked("-m studies.tune --dry_run --only ^sft$", module_log)
+    assert module_log.read_text().splitlines()[-1].startswith("all ")
+
+
 # -------------------------------------------------------------------------------------- the tables
 def cell(setting: Setting, seed: int, reward: float) -> dict:
     return {
@@ -291,38 +321,46 @@ def cell(setting: Setting, seed: int, reward: float) -> dict:
         "learning_rate": setting.rate,
         "seed": seed,
         "reward": reward,
+        "torch": "9.9",
+        "transformers": "8.8",
         "seconds": 30.0,
     }
 
 
-def test_the_best_is_of_equal_seeds():
+def read(tmp_path: Path, cells: list[dict]) -> tune.Cells:
+    (tmp_path / "tuning.json").write_text(json.dumps({"cells": cells}))
+    return tune.read_cells(tmp_path / "tuning.json")
+
+
+def test_the_best_is_of_equal_seeds(tmp_path):
     """1e-2 has the highest values, of a seed that the others do not have."""
     cells = []
     for rate, reward in {"1e-3": 0.5, "3e-3": 0.7, "1e-2": 0.6}.items():
         cells.append(cell(Setting("sft", "", rate), 101, reward))
     cells.append(cell(Setting("sft", "", "1e-2"), 102, 0.99))
-    results = {"cells": cells, "best": {}}
-    assert tune.best_setting(results, "sft") == Setting("sft", "", "3e-3")
-    assert tune.best_setting(results, "adpa") is None
+    grid = read(tmp_path, cells)
+    assert tune.best_setting(grid, "sft") == Setting("sft", "", "3e-3")
+    assert tune.best_setting(grid, "adpa") is None
 
 
-def test_a_table_by_hand():
+def test_a_table_by_hand(tmp_path):
     cells = []
     for seed, rewards in {101: (0.5, 0.6, 0.4), 102: (0.6, 0.8, 0.4), 103: (0.7, 0.7, 0.4)}.items():
         for rate, reward in zip(("1e-3", "3e-3", "1e-2"), rewards):
             cells.append(cell(Setting("sft", "", rate), seed, reward))
-    results = {"cells": cells}
-    results["best"] = tune.best_of_all(results)
+    report = tune.report(read(tmp_path, cells))
     # The deviations of 0.6, 0.7 and 0.8 are 0.1: 0.1/√3 = 0.058.
     text = "| SFT on chosen |  | 0.600 ± 0.058 | **0.700 ± 0.058** | 0.400 ± 0.000 |"
-    assert text in tune.report(results)
-    assert "| SFT on chosen | `--learning_rate 3e-3` | 0.700 ± 0.058 |  |" in tune.report(results)
+    assert text in report
+    assert "| SFT on chosen | `--learning_rate 3e-3` | 0.700 ± 0.058 |  |" in report
 
 
 def test_the_page_says_what_the_file_holds():
-    results = tune.read_results(ROOT / "docs/tuning.json")
-    assert tune.report(results) in (ROOT / "docs/tuning.md").read_text()
-    assert results["best"] == tune.best_of_all(results)
+    path = ROOT / "docs/tuning.json"
+    cells = tune.read_cells(path)
+    assert tune.report(cells) in (ROOT / "docs/tuning.md").read_text()
+    if path.exists():
+        assert json.loads(path.read_text())["best"] == tune.best_of_all(cells)
 
 
 def test_the_plan_counts_cells_and_makes_none(fake, capsys):
