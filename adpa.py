@@ -27,8 +27,9 @@ second step on the student has moved, and ŷ is off-policy.
 Stages: (1) the initial student answers every prompt once, which gives ŷ; (2) training; with an
 evaluation before and after. ADPA+ is the same from a checkpoint of DCKD (dckd.py):
 `python adpa.py --student runs/<dckd run>/model`. Simplified: one GPU, and π_dpo and π_ref run in
-every step instead of once beforehand. The paper's code differs in several points, among them a
-clamp of A to [0, 1]: docs/adpa.md lists them.
+every step instead of once beforehand. The released code (gaoshiping/ADPA, commit a95c32f) differs
+in several points, among them a clamp of A to [0, 1] (utils/compress_logits.py): docs/adpa.md lists
+them.
 
     python adpa.py                     # the toy task: a CPU, less than a minute
 
@@ -38,7 +39,7 @@ clamp of A to [0, 1]: docs/adpa.md lists them.
         --teacher_ref allenai/OLMo-2-1124-7B-SFT \
         --data argilla/dpo-mix-7k --eval_data argilla/dpo-mix-7k \
         --reward Skywork/Skywork-Reward-V2-Llama-3.2-1B \
-        --gamma 1.5 --sample_temperature 0 --learning_rate 5e-7 --num_epochs 3 \
+        --gamma 1.5 --sample_temperature 0 --learning_rate 5e-7 --num_epochs 1 \
         --batch_size 128 --micro_batch_size 4 --gradient_checkpointing \
         --sample_batch_size 64 --max_prompt_tokens 1024 \
         --max_response_tokens 1024
@@ -153,21 +154,24 @@ class Method:
     """model that the teacher was aligned from; "none": A = log π_dpo (paper, table 2)"""
     gamma: float = 0.7
     """γ, weight of the advantage term (tuned for the toy task; paper: best near 1.5 at learning
-    rate 5e-7, worse from 3; released code: 1.6)"""
+    rate 5e-7, worse from 3; released student_adpa.yaml: 1.6)"""
     states: Literal["student", "chosen", "rejected", "teacher"] = "student"
     """whose responses are ŷ (paper: the student's; the others are in appendix E)"""
     advantage_clip: tuple[float, float] | None = None
-    """bounds of the advantage (paper: None; the released code has `1e-8 0.99999999`)"""
+    """bounds of the advantage (paper: None; what the released compress_logits.py bounds is in
+    docs/adpa.md, point 1)"""
     top_k: int = 0
     """keep A of the teacher's k likeliest tokens alone (paper, section 4.1: 50); 0 keeps all"""
     sample_temperature: float = 1.0
-    """temperature at which ŷ is sampled (tuned for the toy task; released code: 0, greedy)"""
+    """temperature at which ŷ is sampled (tuned for the toy task; released vllm_generate.py: 0,
+    greedy)"""
 
 
 @dataclass
 class Optimisation:
     learning_rate: float = 1e-3
-    """learning rate of AdamW (tuned for the toy task; the paper and its code: 5e-7)"""
+    """learning rate of AdamW (tuned for the toy task; paper and released student_adpa.yaml:
+    5e-7)"""
     num_epochs: int = 4
     """passes over the data"""
     max_steps: int = 0

@@ -13,8 +13,9 @@ knowledge distillation. α_w = α_l = 0 is SFT on the chosen responses.
 
 Stages: (1) training; (2) evaluation. ADPA+ starts from the result:
 `python adpa.py --student runs/<this run>/model`. Simplified: one GPU, and the teacher runs in every
-step. The paper's code distils its 50 likeliest tokens and a bin for all others (`--top_k 50`), and
-never the end-of-turn token: docs/dckd.md lists all departures.
+step. The released code (gaoshiping/ADPA, commit a95c32f) distils its 50 likeliest tokens and a bin
+for all others (utils/precompute_logits.py; here `--top_k 50`), and never the end-of-turn token:
+docs/dckd.md lists all departures.
 
     python dckd.py                     # the toy task: a CPU, less than a minute
 
@@ -23,7 +24,7 @@ never the end-of-turn token: docs/dckd.md lists all departures.
         --teacher allenai/OLMo-2-1124-7B-DPO \
         --data argilla/dpo-mix-7k --eval_data argilla/dpo-mix-7k \
         --reward Skywork/Skywork-Reward-V2-Llama-3.2-1B \
-        --learning_rate 5e-7 --num_epochs 3 \
+        --learning_rate 5e-7 --num_epochs 1 \
         --batch_size 128 --micro_batch_size 4 --gradient_checkpointing \
         --sample_batch_size 64 --max_prompt_tokens 1024 \
         --max_response_tokens 1024
@@ -126,20 +127,21 @@ def with_rest(log_probs: torch.Tensor) -> torch.Tensor:
 @dataclass
 class Method:
     kl_chosen: float = 0.1
-    """α_w, weight of the KL on the chosen y_w (released code: 0.1; the paper's sweep is best at
-    0.2)"""
+    """α_w, weight of the KL on the chosen y_w (released student_dckd.yaml: 0.1; the paper's sweep
+    is best at 0.2)"""
     kl_rejected: float = 0.1
-    """α_l, weight of the KL on the rejected y_l (released code: 0.1; the paper's sweep is best at
-    0.2)"""
+    """α_l, weight of the KL on the rejected y_l (released student_dckd.yaml: 0.1; the paper's sweep
+    is best at 0.2)"""
     top_k: int = 0
-    """KL over the teacher's k likeliest tokens and one bin for all others (released code: 50); 0
-    takes all tokens"""
+    """KL over the teacher's k likeliest tokens and one bin for all others (released
+    precompute_logits.py: 50); 0 takes all tokens"""
 
 
 @dataclass
 class Optimisation:
     learning_rate: float = 1e-3
-    """learning rate of AdamW (tuned for the toy task; the paper and its code: 5e-7)"""
+    """learning rate of AdamW (tuned for the toy task; paper and released student_dckd.yaml:
+    5e-7)"""
     num_epochs: int = 4
     """passes over the data"""
     max_steps: int = 0

@@ -18,12 +18,12 @@ y_t is sampled from p once. y_s must come from the current student (here it is a
 then q_θ = p is a stationary point of the expected loss. With old y_s the loss keeps falling as the
 probability of y_s goes to 0, and the mass goes to responses that are neither y_t nor y_s. That is
 the collapse, which `--refresh_every 0` shows. L_LM is the language-model loss on a text corpus.
-Without `--lm_data` it is left out. The released code has a cross-entropy on y_t in L, which
-`--sft_coef` adds.
+Without `--lm_data` it is left out. `--sft_coef` adds a cross-entropy on y_t.
 
 Stages: (1) the teacher answers every prompt once; (2) training, in which the student answers the
 prompts of some steps at a time; (3) evaluation. Simplified: one GPU, and the teacher runs in every
-step. The paper's code samples nothing in training: docs/dpkd.md lists all departures.
+step. The released code (microsoft/LMOps, commit 4f2a9de, dpkd/main.py) samples nothing in training:
+docs/dpkd.md lists all departures.
 
     python dpkd.py                     # the toy task: a CPU, less than a minute
 
@@ -145,8 +145,8 @@ def preference_loss(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @dataclass
 class Method:
     beta: float = 1.0
-    """β, scale of the implicit reward (tuned for the toy task; released code: 0.1; the paper gives
-    none)"""
+    """β, scale of the implicit reward (tuned for the toy task; released arguments.py: 0.1; the
+    paper gives none)"""
     length_normalize: bool = True
     """divide log-ratios by the response's length (equation 9; paper, table 3: worse without)"""
     refresh_every: int = 4
@@ -155,7 +155,8 @@ class Method:
     teacher_answers: int = 0
     """prompts of --data that the teacher answers and training uses; 0 takes all"""
     sft_coef: float = 0.0
-    """weight of the cross-entropy on the teacher's y_t (released code: 0.5; the paper: none)"""
+    """weight of the cross-entropy on the teacher's y_t (released main.py: as much of it as of the
+    preference, which is 1; the paper: none)"""
     lm_data: str = ""
     """corpus of L_LM: a .txt file, or a column `text` in what --data can be, cut into pieces of
     --max_response_tokens; if empty, L_LM is left out"""
@@ -164,14 +165,15 @@ class Method:
     lm_split: str = "train"
     """split of --lm_data, or a part of one"""
     lm_coef: float = 1.0
-    """λ, weight of L_LM (the paper gives none; 1 is plain addition)"""
+    """λ, weight of L_LM (the paper gives none; released dpkd-gpt2_base_runner.sh: 0.5, with half of
+    the term a soft cross-entropy to the teacher; 1 is plain addition)"""
 
 
 @dataclass
 class Optimisation:
     learning_rate: float = 2e-3
-    """learning rate of AdamW (tuned for the toy task; released code: 5e-4 for a GPT-2 of 120M; the
-    paper gives none)"""
+    """learning rate of AdamW (tuned for the toy task; released dpkd-gpt2_base_runner.sh: 5e-4
+    for a GPT-2 of 120M; the paper gives none)"""
     num_epochs: int = 4
     """passes over the data"""
     max_steps: int = 0

@@ -30,8 +30,9 @@ distance are kept; prompts with fewer different ones are dropped; (2) the teache
 answers, and prompts are dropped where no answer wins more than half of its questions; (3) training;
 (4) evaluation. With `--rounds 2` the first three happen twice, each time with half of the answers
 and of the steps, and the second time it is the newest student that answers. The teacher reads text,
-so its tokenizer need not be the student's. Simplified: one GPU. The paper's code computes another
-divergence: docs/pad.md lists all departures.
+so its tokenizer need not be the student's. Simplified: one GPU. The released code (EganGu/PAD,
+commit 89f2a91, scripts/simpo_trainer.py) computes another divergence: docs/pad.md lists all
+departures.
 
     python pad.py                      # the toy task: a CPU, less than a minute
 
@@ -202,25 +203,26 @@ class Method:
     """ppd: distance of the distributions over rankings; vpd: the teacher's ranking alone (paper:
     both; ppd is the main one)"""
     beta: float = 2.0
-    """β, sharpness of both distributions over rankings (tuned for the toy task; released code:
-    10)"""
+    """β, sharpness of both distributions over rankings (tuned for the toy task; released
+    gemma-2-2b-it-pd.yaml: 10)"""
     alpha: float = 0.9
     """α, weight of the average log-prob in the teacher's score; 1 drops the filter (tuned for the
-    toy task; released code: 0)"""
+    toy task; released gemma-2-2b-it-pd.yaml: 0)"""
     num_answers: int = 4
-    """answers to learn from per prompt, in all rounds together (released code: 4)"""
+    """answers to learn from per prompt, in all rounds together (released pipeline_n4_gemma.sh:
+    4)"""
     rounds: int = 1
     """how often the newest student answers, with an equal share of --num_answers and of the steps
     each time (paper, section 4.4)"""
     num_samples: int = 5
-    """answers sampled per prompt in a round, of which the most different are kept (released code:
-    5)"""
+    """answers sampled per prompt in a round, of which the most different are kept (released
+    sampling.sh: 5)"""
     sample_temperature: float = 1.0
-    """temperature of the student's answers (released code: 1, from a nucleus of 0.95; paper:
-    0.8)"""
+    """temperature of the student's answers (released sampling.sh: 1, from a nucleus of 0.95;
+    paper: high)"""
     swap_order: bool = False
-    """ask about two answers in both orders, against the judge's position bias (ours; paper and
-    released code: one order)"""
+    """ask about two answers in both orders, against the judge's position bias (ours; released
+    prob.py: one order)"""
     scores: str = ""
     """scores_1.jsonl of another run or program, in place of --data and of stages 1 and 2 of the
     first round (columns: docs/pad.md)"""
@@ -231,7 +233,7 @@ class Method:
 @dataclass
 class Optimisation:
     learning_rate: float = 3e-3
-    """learning rate of AdamW (tuned for the toy task; released code: 8e-7)"""
+    """learning rate of AdamW (tuned for the toy task; released gemma-2-2b-it-pd.yaml: 8e-7)"""
     num_epochs: int = 4
     """passes over the data"""
     max_steps: int = 0

@@ -1,4 +1,5 @@
-r"""RM-Distiller: a reward model distilled from a generative teacher (2026, arXiv 2601.14032).
+r"""RM-Distiller: a reward model distilled from a generative teacher (IJCAI-ECAI 2026, arXiv
+2601.14032).
 
 A teacher that only says which of two answers is better wastes most of what it knows. Here it gives
 three things. It edits the worse answer y_l to a better one, y_w*, so that the two differ in what
@@ -21,8 +22,9 @@ is edited with y_T as the model of a good answer. In the files the symbols are c
 Stages: the teacher (1) answers every prompt, (2) scores the two answers of the data, (3) edits the
 worse one, (4) scores the edit; (5) training; (6) evaluation, which is how often r orders held-out
 pairs right, and the reward of the answer that r picks out of several. Simplified: one GPU, and with
-κ > 0 the teacher runs in every step. The paper's code pulls every margin to the mean of its batch:
-docs/rm_distiller.md lists all departures.
+κ > 0 the teacher runs in every step. The released code (Joe-Hall-Lee/RM-Distiller, commit 0436fb0)
+pulls every margin to the mean of its forward pass in one of its two trainers,
+distilrm_reward_trainer.py: docs/rm_distiller.md lists all departures.
 
     python rm_distiller.py             # the toy task: a CPU, about two minutes
 
@@ -259,8 +261,8 @@ class Method:
     """expected: a score is its expectation over the ten that the teacher can give; text: it is what
     the teacher's reply says"""
     sample_temperature: float = 1.0
-    """temperature of the teacher's answers and edits (tuned for the toy task; released code: 0.7,
-    with top_p 0.8 and top_k 20)"""
+    """temperature of the teacher's answers and edits (tuned for the toy task; released
+    refine_response_vllm.py: 0.7, with top_p 0.8 and top_k 20)"""
     refine: bool = True
     """learn the edit y_w* over y_l; if not, the better answer y_w as it is"""
     max_edit_tokens: int = 256
@@ -269,14 +271,14 @@ class Method:
     margin: bool = True
     """regress on the margin; if not, maximise the Bradley-Terry likelihood"""
     margin_scale: float = 0.3
-    """c, reward for a point of the teacher's scale (tuned for the toy task; released code: 1, with
-    a learning rate to match)"""
+    """c, reward for a point of the teacher's scale (tuned for the toy task; released
+    distilrm_reward_trainer.py: 1, with a learning rate to match)"""
     kl_coef: float = 0.1
-    """κ, weight of the KL on the teacher's y_T (tuned for the toy task; released Python code: 1,
-    its launcher: 0)"""
+    """κ, weight of the KL on the teacher's y_T (tuned for the toy task; released
+    run_distilrm_reward_train.py: 1, its launcher train_distilrm.sh: 0)"""
     nll_coef: float = 0.0
     """ν, weight of the likelihood of the teacher's y_T, of use where two vocabularies forbid the KL
-    (released Python code: 1, its launcher: 0)"""
+    (released run_distilrm_reward_train.py: 1, its launcher train_distilrm.sh: 0)"""
     best_of: int = 8
     """answers of the untrained student to a held-out prompt, of which the reward model picks one; 0
     leaves it out"""
@@ -285,7 +287,7 @@ class Method:
 @dataclass
 class Optimisation:
     learning_rate: float = 5e-3
-    """learning rate of AdamW (tuned for the toy task; released code: 1e-5)"""
+    """learning rate of AdamW (tuned for the toy task; released train_distilrm.sh: 1e-5)"""
     num_epochs: int = 4
     """passes over the data"""
     max_steps: int = 0

@@ -108,7 +108,7 @@ def test_r29_equal_teachers_have_advantage_zero():
     assert not expected_advantage(random_log_probs(seed=2), advantages(teacher, teacher)).any()
 
 
-def test_the_released_clip_makes_negative_advantages_nothing_and_large_ones_one():
+def test_a_clip_to_0_and_1_makes_negative_advantages_nothing_and_large_ones_one():
     teacher = random_log_probs(seed=1)
     reference = random_log_probs(seed=2)
     plain = advantages(teacher, reference)
@@ -214,7 +214,7 @@ def assert_gradient(run, expected):
 SETTINGS = {
     "as in the paper": {"gamma": 1.5},
     "no reference": {"gamma": 0.3, "teacher_ref": "none"},
-    "released clip": {"advantage_clip": (1e-8, 0.99999999)},
+    "clip to 0 and 1": {"advantage_clip": (1e-8, 0.99999999)},
     "top 5": {"top_k": 5},
     "on the chosen answers": {"states": "chosen"},
     "on the rejected answers": {"states": "rejected"},
