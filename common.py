@@ -629,6 +629,8 @@ class LM:
         return output.sequences[:, width:]
 
 
+# What models call their table of positions.
+POSITIONS = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_encoding")
 # What configs call the noise of forward passes, and windows of local or sparse attention.
 NOISE = "drop|jitter|noise|stochastic"
 WINDOWS = ["window_size", "sliding_window_size", "attention_window_size", "keep_window_size"]
@@ -673,13 +675,13 @@ def relative_distance(values: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def load_model(path, device, trainable: bool, trust_remote_code: bool, is_reward_model: bool):
-    """(the transformers model without dropout, the dtype that its checkpoint declares). ValueError
-    if it lacks weights, or if a reward model has no head that can be read."""
+    """(the transformers model without dropout, the dtype of its checkpoint). ValueError if it lacks
+    weights, or if a reward model has no head that can be read."""
     if (Path(path) / "adapter_config.json").exists():
         raise ValueError("it has an adapter (adapter_config.json), which is not read: merge it")
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     text_config = config.get_text_config()
-    checkpoint_dtype = config.dtype or text_config.dtype or torch.float32
+    checkpoint_dtype = config.dtype or text_config.dtype
     switch_noise_off(config)
 
     auto_class = transformers.AutoModelForCausalLM
@@ -700,6 +702,9 @@ def load_model(path, device, trainable: bool, trust_remote_code: bool, is_reward
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
+    if trainable and checkpoint_dtype is None:
+        # Where the config does not declare it, the weights show it.
+        checkpoint_dtype = load(dtype="auto")[0].dtype
     model, info = load()
     shapes = {name: (saved, expected) for name, saved, expected in info["mismatched_keys"]}
     if is_reward_model and list(shapes) == ["score.weight"]:
@@ -724,10 +729,10 @@ def count_positions(model) -> float:
     are computed, as rotary ones are."""
     count = math.inf
     for name, module in model.named_modules():
-        if name.endswith(("wpe", "embed_positions")) and isinstance(module, torch.nn.Embedding):
+        if name.endswith(POSITIONS) and isinstance(module, torch.nn.Embedding):
             count = min(count, module.num_embeddings - getattr(module, "offset", 0))
-    for name, table in model.named_buffers():
-        if name.endswith("embed_positions"):  # GPT-J, CodeGen
+    for name, table in model.named_buffers():  # those of GPT-J and CTRL are not learned
+        if name.endswith(POSITIONS):
             count = min(count, len(table))
     return count
 

@@ -52,6 +52,7 @@ import json
 import math
 import re
 import statistics
+import string
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -517,12 +518,12 @@ def save_reward_model(student: LM, folder: Path):
 
 # {% set %} captures what the model's own template renders. The plus signs keep white space.
 CLASSIFIER_TEMPLATE = """\
-{% set chat +%}TEMPLATE{%+ endset %}
-{% if BOS and not chat.startswith(BOS) %}{{ BOS }}{% endif %}
+{% set chat +%}$template{%+ endset %}
+{% if $bos and not chat.startswith($bos) %}{{ $bos }}{% endif %}
 {% if add_generation_prompt or messages[-1]["role"] != "assistant" %}
 {{- chat -}}
 {% else %}
-{{- ANSWERED -}}
+{{- chat.removesuffix($turn_end) + $end -}}
 {% endif %}"""
 
 
@@ -533,21 +534,18 @@ def classifier_template(student: LM) -> str:
     begin-of-sequence and end-of-turn tokens are written by the template where `LM.encode` adds them
     to what it renders.
     """
-    tokenizer = student.tokenizer
-    template = tokenizer.get_chat_template().removesuffix("\n")
-    bos = tokenizer.decode(student.bos_ids)
-    end = tokenizer.decode(student.eos_ids[:1])
-    chat = [user_turn("a"), {"role": "assistant", "content": "a"}]
-    prompt = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
-    answered = tokenizer.apply_chat_template(chat, tokenize=False)
-    if end in answered[len(prompt) :]:
-        until_end = f"chat.rpartition({json.dumps(end)})[0] + {json.dumps(end)}"
+    decode = student.tokenizer.decode
+    ends = [re.escape(decode([token])) for token in student.eos_ids]
+    match = re.search("|".join(ends), student.turn_end)
+    if match:
+        end = student.turn_end[: match.end()]
     else:
-        until_end = f"chat + {json.dumps(end)}"
-    return (
-        CLASSIFIER_TEMPLATE.replace("BOS", json.dumps(bos))
-        .replace("ANSWERED", until_end)
-        .replace("TEMPLATE", template)
+        end = student.turn_end + decode(student.eos_ids[:1])
+    return string.Template(CLASSIFIER_TEMPLATE).substitute(
+        template=student.tokenizer.get_chat_template().removesuffix("\n"),
+        bos=json.dumps(decode(student.bos_ids)),
+        turn_end=json.dumps(student.turn_end),
+        end=json.dumps(end),
     )
 
 

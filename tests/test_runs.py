@@ -41,12 +41,16 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
+    CTRLConfig,
+    CTRLLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
     GPTJConfig,
     GPTJForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     OPTConfig,
     OPTForCausalLM,
 )
@@ -337,8 +341,8 @@ def test_r75_a_run_keeps_its_date_when_it_is_resumed_on_another_day(
     set_day(monkeypatch, 1)
     assert run_script("dckd", **flags, output_dir=tmp_path / "whole") == 0
     set_day(monkeypatch, 2)
-    assert run_script("dckd", resume=killed) == 0
     assert run_script("dckd", **flags, output_dir=tmp_path / "next day") == 0
+    assert run_script("dckd", resume=killed) == 0
 
     whole, resumed, next_day = [
         (tmp_path / name / "model/model.safetensors").read_bytes()
@@ -514,6 +518,16 @@ COUNTED = {  # a model, and how many positions it has
     "GPT-J": (
         GPTJForCausalLM,
         GPTJConfig(vocab_size=400, n_embd=8, n_layer=1, n_head=2, rotary_dim=4, n_positions=48),
+        48,
+    ),
+    "GPT-1": (
+        OpenAIGPTLMHeadModel,
+        OpenAIGPTConfig(vocab_size=400, n_embd=8, n_layer=1, n_head=2, n_positions=48),
+        48,
+    ),
+    "CTRL": (
+        CTRLLMHeadModel,
+        CTRLConfig(vocab_size=400, n_embd=8, dff=8, n_layer=1, n_head=2, n_positions=48),
         48,
     ),
     "Llama": (LlamaForCausalLM, small_config(LlamaConfig, hidden_size=8), math.inf),

@@ -53,8 +53,8 @@ LLAMA3 = """\
 
 ' }}{% endif %}
 """
-# Phi-3 writes one more token behind the end-of-turn. Mistral's template writes no begin token here,
-# which its tokenizer adds, and a plain one writes no end-of-turn.
+# Phi-3 writes one more token behind the end-of-turn, which may be a second end-of-turn. Mistral's
+# template writes no begin token here, which its tokenizer adds, and a plain one no end-of-turn.
 PHI3 = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>' + '\n' + message['content'] + '<|end|>' + '\n' }}"
@@ -75,6 +75,7 @@ TEMPLATES = {
     "Qwen3": QWEN3,
     "Llama 3": LLAMA3,
     "Phi-3": PHI3,
+    "Phi-3 with two ends": PHI3.replace("'<|system|>'", "eos_token"),
     "no begin": WITHOUT_BOS,
     "no end": WITHOUT_END,
 }
@@ -248,8 +249,9 @@ def test_r81_the_saved_template_changes_nothing_but_the_last_end(template, tmp_p
                 if not text.startswith("<|begin|>"):
                     text = "<|begin|>" + text
                 if length % 2 == 0 and not add_generation_prompt:
-                    text = text.removesuffix("<|system|>").rstrip("\n").removesuffix("<|end|>")
-                    text += "<|end|>"
+                    response = chat[length - 1]["content"].strip()
+                    before, after = text.rsplit(response, 1)
+                    text = before + response + after.partition("<|end|>")[0] + "<|end|>"
                 assert saved.apply_chat_template(chat[:length], **keywords) == text
 
 
@@ -282,6 +284,20 @@ def test_r82_a_saved_model_has_the_dtype_of_its_checkpoint(dtype, tied, tmp_path
     assert reloaded.dtype == dtype
     for name, value in reloaded.state_dict().items():
         assert torch.equal(value, trained[name].to(dtype)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_r82_where_the_config_declares_no_dtype_the_weights_show_it(dtype, tmp_path, tokenizer):
+    model = make_model(len(tokenizer)).to(dtype)
+    path = save(tmp_path / "student", tokenizer, model)
+    config = json.loads((tmp_path / "student/config.json").read_text())
+    assert config.pop("dtype")
+    (tmp_path / "student/config.json").write_text(json.dumps(config))
+
+    lm = LM(path, CPU, trainable=True)
+    save_model(lm, tmp_path / "model")
+
+    assert files_dtypes(tmp_path / "model") == {dtype}
 
 
 @pytest.mark.parametrize("script", ["dckd", "rm_distiller"])
