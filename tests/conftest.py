@@ -226,9 +226,7 @@ def run_script(name: str, **flags) -> int:
 # A server that has imported everything once. Processes are forked from it, which saves each of them
 # the four seconds that its imports would take.
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(
-    ["datasets", "torch", "transformers.models.llama.modeling_llama", "tyro"]
-)
+FORKSERVER.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "tyro"])
 
 
 def run_into(log: Path, script: str, flags: dict):
@@ -344,7 +342,8 @@ TINY_RUN = {
     "reward": "conftest:vowels",
     "max_steps": 1,
     "batch_size": 8,
-    "max_response_tokens": 40,
+    # The longest response of PAIRS has 20 tokens.
+    "max_response_tokens": 24,
     "max_grad_norm": 1e9,
     "log_every": 1,
     "save_every": 1,

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import first_gradient, read_jsonl, run_script, training_rows
+from conftest import TINY_RUN, first_gradient, read_jsonl, run_script, training_rows
 from transformers import AutoModelForCausalLM
 
 from adpa import advantages, expected_advantage
@@ -149,7 +149,7 @@ def test_r10_excluded_tokens_give_no_nan(top_k):
 
 
 # ------------------------------------------------------------------------- one step of the script
-LIMITS = SimpleNamespace(max_prompt_tokens=512, max_response_tokens=40)
+LIMITS = SimpleNamespace(max_prompt_tokens=512, max_response_tokens=TINY_RUN["max_response_tokens"])
 
 
 def examples_of(run, pairs, states: str, lm: LM):
@@ -160,7 +160,7 @@ def examples_of(run, pairs, states: str, lm: LM):
         for row, answer in zip(rows, read_jsonl(path), strict=True):
             row[states] = answer
     examples = encode_rows(lm, rows, ["chosen", states], LIMITS, "test")
-    # Noise of random models may take more than 40 tokens once it is text.
+    # Noise of random models may take more tokens than the limit once it is text.
     assert len(examples) >= 6
     return examples
 
@@ -290,7 +290,8 @@ def test_the_answers_of_stage_one_are_those_of_the_named_model(
     lm = LM(checkpoints[states], torch.device("cpu"))
     rows = read_rows(str(pairs), "train", ["chosen"])
     prompts = [lm.prompt_ids(row["prompt"]) for row in rows]
-    expected = lm.sample(prompts, temperature=0, max_new_tokens=40, batch_size=3, seed=9)
+    limit = TINY_RUN["max_response_tokens"]
+    expected = lm.sample(prompts, temperature=0, max_new_tokens=limit, batch_size=3, seed=9)
     written = read_jsonl(run / f"{states}_answers.jsonl")
     for row, [response] in zip(written, expected, strict=True):
         assert row["text"] == response["text"] and row["finished"] == response["finished"]

@@ -8,7 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, first_gradient, read_jsonl, run_script, training_rows, vowels
+from conftest import (
+    ROOT,
+    TINY_RUN,
+    first_gradient,
+    one_short,
+    read_jsonl,
+    run_script,
+    training_rows,
+    vowels,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -197,7 +206,7 @@ def test_r10_excluded_tokens_give_no_nan_in_any_divergence():
 
 
 # ------------------------------------------------------------------------- one step of the script
-LIMITS = SimpleNamespace(max_prompt_tokens=512, max_response_tokens=40)
+LIMITS = SimpleNamespace(max_prompt_tokens=512, max_response_tokens=TINY_RUN["max_response_tokens"])
 
 
 def examples_of_the_step(loss: str, lm: LM, pairs) -> list[Example]:
@@ -210,7 +219,8 @@ def examples_of_the_step(loss: str, lm: LM, pairs) -> list[Example]:
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(1)).tolist()
     examples = [examples[i] for i in order]
     prompts = [example.prompt_ids for example in examples]
-    samples = lm.sample(prompts, max_new_tokens=40, batch_size=256, seed=1)
+    limit = TINY_RUN["max_response_tokens"]
+    samples = lm.sample(prompts, max_new_tokens=limit, batch_size=256, seed=1)
     answered = []
     for example, [response] in zip(examples, samples):
         answered.append(Example(example.row, example.prompt_ids, [response["token_ids"]]))
@@ -338,7 +348,7 @@ def test_r20_the_split_of_a_batch_changes_nothing(loss, run_tiny, reference):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-@every_loss
+@pytest.mark.parametrize("loss", one_short(LOSSES, "simpo"))
 def test_what_is_0_takes_what_suits_the_loss(loss, run_tiny, reference):
     run = run_tiny("studies/baselines", loss=loss, **reference)
     args = json.loads((run / "args.json").read_text())

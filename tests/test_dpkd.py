@@ -196,7 +196,7 @@ def test_r10_a_weight_of_0_leaves_out_what_is_infinite():
 
 
 # ------------------------------------------------------------------------- one step of the script
-LIMITS = SimpleNamespace(max_prompt_tokens=512, max_response_tokens=40)
+LIMITS = SimpleNamespace(max_prompt_tokens=512, max_response_tokens=TINY_RUN["max_response_tokens"])
 
 
 def trained_pairs(run, lm: LM) -> list[Example]:
@@ -208,7 +208,8 @@ def trained_pairs(run, lm: LM) -> list[Example]:
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(1)).tolist()
     examples = [examples[i] for i in order]
     prompts = [example.prompt_ids for example in examples]
-    samples = lm.sample(prompts, max_new_tokens=40, batch_size=256, seed=1)
+    limit = TINY_RUN["max_response_tokens"]
+    samples = lm.sample(prompts, max_new_tokens=limit, batch_size=256, seed=1)
     for example, [sample] in zip(examples, samples):
         example.response_ids.append(sample["token_ids"])
     return examples
@@ -360,7 +361,8 @@ def test_the_teachers_answers_are_sampled_once_from_the_first_prompts(pairs, run
     lm = LM(PLAYGROUND["teacher"], CPU)
     rows = read_rows(str(pairs), "train", ())[:3]
     prompts = [lm.prompt_ids(row["prompt"]) for row in rows]
-    expected = lm.sample(prompts, max_new_tokens=40, batch_size=256, seed=1)
+    limit = TINY_RUN["max_response_tokens"]
+    expected = lm.sample(prompts, max_new_tokens=limit, batch_size=256, seed=1)
     written = read_jsonl(run / "teacher_answers.jsonl")
     assert [row["id"] for row in written] == [row["id"] for row in rows]
     for row, [response] in zip(written, expected, strict=True):

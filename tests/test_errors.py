@@ -88,6 +88,7 @@ def run_with_reward(code: str, folder: Path) -> tuple[int, str, str]:
     return run_python("adpa.py", *flags, PYTHONPATH=str(folder))
 
 
+@pytest.mark.slow
 def test_a_reward_function_that_raises_shows_its_own_file_and_line(tmp_path, monkeypatch):
     (tmp_path / "my_reward.py").write_text(HAS_A_BUG)
     monkeypatch.syspath_prepend(tmp_path)

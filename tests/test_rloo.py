@@ -7,6 +7,7 @@ import statistics
 import pytest
 import torch
 from conftest import (
+    TINY_RUN,
     first_gradient,
     random_examples,
     read_jsonl,
@@ -71,7 +72,8 @@ def samples_of_the_step(checkpoints, pairs) -> list[tuple[dict, list[int], list[
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(1)).tolist()
     examples = [examples[i] for i in order]
     prompts = [example.prompt_ids for example in examples]
-    samples = lm.sample(prompts, n=3, max_new_tokens=40, batch_size=256, seed=1)
+    limit = TINY_RUN["max_response_tokens"]
+    samples = lm.sample(prompts, n=3, max_new_tokens=limit, batch_size=256, seed=1)
     sampled = []
     for example, responses in zip(examples, samples):
         sampled.append((example.row, example.prompt_ids, responses))

@@ -762,9 +762,22 @@ def rescore_chat(prompt: str, row: dict) -> list[dict]:
     return [user(refine), assistant(row["refined_reply"]), user(rescore)]
 
 
-def test_expected_scores_equal_plain_forward_passes_of_the_teacher(tmp_path):
-    run = tmp_path / "run"
-    assert run_script("rm_distiller", data=few(tmp_path), **SHORT, output_dir=run) == 0
+# The tests of this run share it in one process.
+shares_the_annotated_run = pytest.mark.xdist_group("annotated run")
+
+
+@pytest.fixture(scope="session")
+def annotated_run(tmp_path_factory) -> tuple[Path, Path]:
+    """(its data, its folder): a short run whose teacher has scored and edited 24 rows."""
+    folder = tmp_path_factory.mktemp("annotated")
+    data = few(folder)
+    assert run_script("rm_distiller", data=data, **SHORT, output_dir=folder / "run") == 0
+    return data, folder / "run"
+
+
+@shares_the_annotated_run
+def test_expected_scores_equal_plain_forward_passes_of_the_teacher(annotated_run):
+    _, run = annotated_run
     lm = LM("playground/teacher", CPU)
     rows = read_jsonl(run / "annotations.jsonl")
     assert len(rows) > 12
@@ -818,40 +831,47 @@ def test_scores_from_text_are_numbers_the_teacher_wrote(tmp_path, capsys):
     assert sum(counts.values()) == 24
 
 
-def test_r79_columns_of_the_data_that_have_the_names_of_ours_change_nothing(tmp_path):
+@shares_the_annotated_run
+def test_r79_columns_of_the_data_that_have_the_names_of_ours_change_nothing(
+    annotated_run, tmp_path
+):
     """UltraFeedback, for one, has score_chosen and score_rejected."""
-    data = few(tmp_path)
+    data, plain_run = annotated_run
     own = {"score_chosen": 9.5, "teacher": "x", "refined": "y", "reply": "z", "margin": 5}
     labelled = write_jsonl(tmp_path / "own.jsonl", [{**row, **own} for row in read_jsonl(data)])
-    runs = {data: tmp_path / "plain", labelled: tmp_path / "labelled"}
-    for path, run in runs.items():
-        assert run_script("rm_distiller", data=path, **SHORT, output_dir=run) == 0
+    labelled_run = tmp_path / "labelled"
 
-    plain, with_own = [read_jsonl(run / "annotations.jsonl") for run in runs.values()]
+    assert run_script("rm_distiller", data=labelled, **SHORT, output_dir=labelled_run) == 0
+
+    plain = read_jsonl(plain_run / "annotations.jsonl")
+    with_own = read_jsonl(labelled_run / "annotations.jsonl")
     assert len(plain) == len(with_own) > 0
     for row, own_row in zip(plain, with_own):
         assert own_row.pop("reply") == "z"
         assert own_row.pop("margin") == 5  # the margin of the loss is not in this file
         assert own_row == row
-    models = [(run / "model/model.safetensors").read_bytes() for run in runs.values()]
-    assert models[0] == models[1]
+    assert saved_weights(labelled_run) == saved_weights(plain_run)
 
 
-def test_r79_other_columns_of_a_stage_file_change_nothing(tmp_path):
+def saved_weights(run: Path) -> bytes:
+    return (run / "model/model.safetensors").read_bytes()
+
+
+@shares_the_annotated_run
+def test_r79_other_columns_of_a_stage_file_change_nothing(annotated_run, tmp_path):
     """A file of another program may have all columns of a row."""
-    data = few(tmp_path)
-    runs = [tmp_path / "run", tmp_path / "again"]
-    assert run_script("rm_distiller", data=data, **SHORT, output_dir=runs[0]) == 0
-    shutil.copytree(runs[0], runs[1])
-    stage = runs[1] / "score_refined.jsonl"
+    _, plain_run = annotated_run
+    run = tmp_path / "again"
+    shutil.copytree(plain_run, run)
+    stage = run / "score_refined.jsonl"
     write_jsonl(stage, [{**row, "chosen": "x", "refined": "y"} for row in read_jsonl(stage)])
     for name in ("summary.json", "checkpoint.pt", "metrics.jsonl", "annotations.jsonl"):
-        (runs[1] / name).unlink()
+        (run / name).unlink()
 
-    assert run_script("rm_distiller", resume=runs[1]) == 0
+    assert run_script("rm_distiller", resume=run) == 0
 
-    names = ("annotations.jsonl", "model/model.safetensors")
-    assert all((runs[0] / name).read_bytes() == (runs[1] / name).read_bytes() for name in names)
+    assert read_jsonl(run / "annotations.jsonl") == read_jsonl(plain_run / "annotations.jsonl")
+    assert saved_weights(run) == saved_weights(plain_run)
 
 
 @pytest.fixture(scope="session")
@@ -1246,6 +1266,7 @@ def test_numbers_that_make_no_sense_are_one_line_before_anything_is_written(name
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_columns_of_the_data_that_json_does_not_know_do_no_harm(tmp_path):
     import pyarrow
     from pyarrow.parquet import write_table
@@ -1274,6 +1295,7 @@ def test_a_teacher_with_another_tokenizer_needs_the_kl_to_be_off(
     assert "losses/kl" not in last
 
 
+@pytest.mark.slow
 def test_the_thoughts_of_a_reasoning_teacher_are_left_out(tmp_path, monkeypatch):
     """A teacher that thinks aloud before every answer, here by a changed `sample`, gives the same
     annotations."""

@@ -655,7 +655,7 @@ def test_r77_checkpointing_that_a_model_does_not_support_is_one_line(load, check
     assert f"{checkpoints['student']} does not take --gradient_checkpointing" in error
 
 
-@pytest.mark.parametrize("script", ["dckd", "dpkd"])
+@pytest.mark.parametrize("script", one_short(["dckd", "dpkd"], "dckd"))
 def test_r77_a_gradient_norm_of_0_is_no_limit(script, run_tiny):
     runs = [run_tiny(script, max_grad_norm=norm, learning_rate=1e-2) for norm in (0, 1e9, 1e-3)]
     unlimited, high, low = [first_gradient(run) for run in runs]

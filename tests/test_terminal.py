@@ -60,6 +60,7 @@ def test_r51_help_shows_the_flags_in_groups_with_those_of_the_method_first(scrip
     assert "(default: '')" not in text
 
 
+@pytest.mark.slow
 def test_r51_help_can_be_read_where_there_is_no_utf_8():
     """A character that cannot be printed is printed as its number: γ is U+03B3."""
     text = help_of("adpa", PYTHONIOENCODING="ascii")
@@ -263,7 +264,8 @@ def commands_at_the_end(text: str) -> dict[str, str]:
     return {name: fact for name, fact in facts_of(text).items() if name in names}
 
 
-@pytest.mark.parametrize("folder", one_short([str(ROOT), "/"], "/"), ids=["project", "elsewhere"])
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", [str(ROOT), "/"], ids=["project", "elsewhere"])
 def test_r53_the_commands_at_the_end_can_be_typed(folder, run_tiny, checkpoints, capsys):
     run = run_tiny("adpa", teacher_ref=checkpoints["teacher_ref"])
     run_tiny("dckd")
