@@ -1573,10 +1573,13 @@ def check_own_data(args, train_rows: list[dict], eval_rows: list[dict]):
         return 2 * len(readable) >= len(rows)
 
     if is_playground(eval_rows) and not is_playground(train_rows):
+        advice = "pass --eval_data with prompts of your own"
+        if hasattr(args, "reward"):
+            advice += ", and --reward none, a function of your own (file.py:function) or a reward "
+            advice += "model"
         stop(
-            f"--eval_data {args.eval_data} is the playground's, but the training data is not: pass "
-            "--eval_data with prompts of your own, and --reward none, a function of your own "
-            "(file.py:function) or a reward model"
+            f"--eval_data {args.eval_data} is the playground's, but the training data is not: "
+            f"{advice}"
         )
 
 
@@ -1737,11 +1740,12 @@ def check_flags(args, at_least_0: list[str]):
     """Ends the program if a number makes no sense, or if the package for --track is missing.
 
     `at_least_0` names the flags of the method that must be numbers of at least 0. The numbers that
-    all scripts have are checked as well.
+    scripts share are checked as well.
     """
     minimum = dict.fromkeys(AT_LEAST_0 + at_least_0, 0) | dict.fromkeys(AT_LEAST_1, 1)
     for name, least in minimum.items():
-        value = getattr(args, name)
+        # rm_distiller.py samples nothing in its evaluations, and lacks the flags for that.
+        value = getattr(args, name, least)
         if not least <= value < math.inf:  # NaN is refused as well
             stop(f"--{name} {value} must be a number of at least {least}")
     if args.seed > MAX_SEED:

@@ -21,23 +21,24 @@ is edited with y_T as the model of a good answer. In the files the symbols are c
 
 Stages: the teacher (1) answers every prompt, (2) scores the two answers of the data, (3) edits the
 worse one, (4) scores the edit; (5) training; (6) evaluation, which is how often r orders held-out
-pairs right, and the reward of the answer that r picks out of several. Simplified: one GPU, and with
-κ > 0 the teacher runs in every step. The released code (Joe-Hall-Lee/RM-Distiller, commit 0436fb0)
-pulls every margin to the mean of its forward pass in one of its two trainers,
-distilrm_reward_trainer.py: docs/rm_distiller.md lists all departures.
+pairs right. What r is good for besides: studies/best_of_n.py picks the best of n answers with it,
+studies/rloo.py trains with it. Simplified: one GPU, and with κ > 0 the teacher runs in every step.
+The released code (Joe-Hall-Lee/RM-Distiller, commit 0436fb0) pulls every margin to the mean of its
+forward pass in one of its two trainers, distilrm_reward_trainer.py: docs/rm_distiller.md lists all
+departures.
 
     python rm_distiller.py             # the toy task: a CPU, about two minutes
 
     # models and data of the hub, on one GPU of 141 GB
     python rm_distiller.py --student Qwen/Qwen2.5-3B-Instruct \
         --teacher Qwen/Qwen2.5-14B-Instruct \
-        --data argilla/dpo-mix-7k --eval_data argilla/dpo-mix-7k --best_of 0 \
+        --data argilla/dpo-mix-7k --eval_data argilla/dpo-mix-7k \
         --learning_rate 1e-5 --micro_batch_size 2 --gradient_checkpointing \
         --sample_batch_size 64 --max_prompt_tokens 1024 \
         --max_response_tokens 1024 --max_edit_tokens 2048
 
     # pairs of your own
-    python rm_distiller.py --data my.jsonl --eval_data my_test.jsonl --best_of 0
+    python rm_distiller.py --data my.jsonl --eval_data my_test.jsonl
     # a run that was interrupted
     python rm_distiller.py --resume runs/<folder>
 
@@ -80,7 +81,6 @@ from common import (
     encode_rows,
     exit_in_one_line,
     load_checkpoint,
-    load_reward_function,
     mean_per_response,
     one_line,
     open_run,
@@ -88,7 +88,6 @@ from common import (
     parse_flags,
     per_token,
     print_end,
-    print_fact,
     print_models,
     print_plan,
     print_start,
@@ -280,9 +279,6 @@ class Method:
     nll_coef: float = 0.0
     """ν, weight of the likelihood of the teacher's y_T, of use where two vocabularies forbid the KL
     (released run_distilrm_reward_train.py: 1, its launcher train_distilrm.sh: 0)"""
-    best_of: int = 8
-    """answers of the untrained student to a held-out prompt, of which the reward model picks one; 0
-    leaves it out"""
 
 
 @dataclass
@@ -343,15 +339,6 @@ class EvaluationAndOutput:
     """config of --eval_data, where a hub id has several"""
     eval_split: str = "test"
     """split of --eval_data, or a part of one"""
-    reward: str = "playground.world:reward"
-    """what gives a response its reward: file.py:function or module:function (which is executed), a
-    reward model, or none"""
-    reward_label: str = ""
-    """label of a reward model that has several, by name or index; its logit is the reward"""
-    eval_prompts: int = 256
-    """held-out prompts to which --best_of samples answers"""
-    eval_temperature: float = 1.0
-    """temperature of the responses of an evaluation; 0 is greedy"""
     eval_every: int = 50
     """optimiser steps between evaluations"""
     log_every: int = 10
@@ -908,89 +895,23 @@ def print_annotations(rows: list[dict], better: str, dropped: Counter, count: in
 
 # --------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
-def reward_examples(
-    examples: list[Example], student: LM, micro_batch_size: int
-) -> list[list[float]]:
-    """r(x, y) of every response of every example. All examples have equally many."""
-    rewards = []
-    for start in range(0, len(examples), micro_batch_size):
-        micro_batch = examples[start : start + micro_batch_size]
-        batch = pack(micro_batch, student)
-        values = response_rewards(student, student.hidden_states(batch), batch)  # [R]
-        rewards += values.view(len(micro_batch), -1).tolist()
-    return rewards
-
-
 def pair_accuracy(
     examples: list[Example], student: LM, micro_batch_size: int
 ) -> dict[str, list[float]]:
     """By subset, and for "all": 1 for a pair whose chosen response has the higher reward, ½ for a
     tie, 0 for any other."""
     correct = {"all": []}
-    rewards = reward_examples(examples, student, micro_batch_size)
-    for example, (chosen, rejected) in zip(examples, rewards):
-        value = 0.5 if chosen == rejected else float(chosen > rejected)
-        correct["all"].append(value)
-        subset = str(example.row.get("subset") or example.row.get("source") or "all")
-        if subset != "all":
-            correct.setdefault(subset, []).append(value)
+    for start in range(0, len(examples), micro_batch_size):
+        micro_batch = examples[start : start + micro_batch_size]
+        batch = pack(micro_batch, student)
+        rewards = response_rewards(student, student.hidden_states(batch), batch)  # [2·B]
+        for example, (chosen, rejected) in zip(micro_batch, rewards.view(-1, 2).tolist()):
+            value = 0.5 if chosen == rejected else float(chosen > rejected)
+            correct["all"].append(value)
+            subset = str(example.row.get("subset") or example.row.get("source") or "all")
+            if subset != "all":
+                correct.setdefault(subset, []).append(value)
     return correct
-
-
-def sample_options(rows: list[dict], seed: int, student: LM, reward_fn, args: Args) -> list[dict]:
-    """n responses of the student to every prompt, as "answers", and what --reward says of each of
-    them, as "worth"."""
-    samples = student.sample(
-        [student.prompt_ids(row["prompt"]) for row in rows],
-        n=args.best_of,
-        temperature=args.eval_temperature,
-        max_new_tokens=args.max_response_tokens,
-        batch_size=args.sample_batch_size,
-        seed=seed,
-    )
-    results = []
-    for row, responses in zip(rows, samples):
-        worth = reward_fn([row] * len(responses), responses)
-        results.append({"answers": responses, "worth": worth})
-    return results
-
-
-def make_options(
-    held_out: list[Example], student: LM, reward_fn, run_dir: Path, args: Args
-) -> list[Example]:
-    """Examples whose responses are n options of the untrained student to a held-out prompt. They
-    are kept in options.jsonl."""
-    # A prompt may stand in several pairs. Its first row is taken.
-    first_rows = {}
-    for example in held_out:
-        first_rows.setdefault(str(example.row["prompt"]), example.row)
-    rows = cached_map(
-        run_dir / "options.jsonl",
-        list(first_rows.values())[: args.eval_prompts],
-        partial(sample_options, student=student, reward_fn=reward_fn, args=args),
-        args.sample_batch_size,
-        args.seed,
-    )
-    # Options can be compared if all of them have a worth.
-    rows = [row for row in rows if None not in row["worth"]]
-    columns = [f"option_{k}" for k in range(args.best_of)]
-    for row in rows:
-        row.update(zip(columns, row["answers"]))
-    return encode_rows(student, rows, columns, args, f"prompts with {args.best_of} options")
-
-
-def best_of_n_rewards(options: list[Example], student: LM, micro_batch_size: int) -> list[float]:
-    """For every prompt, what --reward says of the option that r prefers. Where options tie, it is
-    the mean over them."""
-    best = []
-    rewards = reward_examples(options, student, micro_batch_size)
-    for example, values in zip(options, rewards):
-        worth_of_best = []
-        for worth, value in zip(example.row["worth"], values):
-            if value == max(values):
-                worth_of_best.append(worth)
-        best.append(statistics.mean(worth_of_best))
-    return best
 
 
 def mean_error_count(values: list[float]) -> list:
@@ -1009,32 +930,11 @@ def print_accuracy(before: dict[str, list[float]], after: dict[str, list[float]]
         print(f"{name:<{width}}{count:>8}{numbers}")
 
 
-def print_best_of_n(before: list[float], after: list[float], options: list[Example], reward_fn):
-    """What --reward says of the options: of all, of those that r picks, of the best."""
-    worth = [example.row["worth"] for example in options]
-    any_one = statistics.mean(statistics.mean(values) for values in worth)
-    best = statistics.mean(max(values) for values in worth)
-    mean, error, count = mean_error_count(after)
-    n = len(worth[0])
-    print(
-        f"\nreward (--reward) of one of {n} responses of the untrained student to {count} prompts"
-    )
-    print_fact("any of them", f"{any_one:8.3f}")
-    print_fact("picked before", f"{statistics.mean(before):8.3f}")
-    print_fact("picked now", f"{mean:8.3f} ± {error:.3f}")
-    print_fact("the best of them", f"{best:8.3f}")
-    if reward_fn.best_possible is not None:
-        print_fact("best possible", f"{reward_fn.best_possible:8.3f}")
-
-
 # --------------------------------------------------------------------------------------------- main
 def main(args: Args):
     started = time.time()
     args, run_dir = open_run(args, __file__)
-    check_flags(
-        args,
-        at_least_0=["sample_temperature", "margin_scale", "kl_coef", "nll_coef", "best_of"],
-    )
+    check_flags(args, at_least_0=["sample_temperature", "margin_scale", "kl_coef", "nll_coef"])
     if not 1 <= args.max_edit_tokens < math.inf:  # NaN is refused as well
         stop(f"--max_edit_tokens {args.max_edit_tokens} must be a number of at least 1")
 
@@ -1047,11 +947,6 @@ def main(args: Args):
         rows = read_rows(args.data, args.data_split, config=args.data_config)
     eval_rows = read_rows(args.eval_data, args.eval_split, config=args.eval_config)
     check_own_data(args, rows, eval_rows)
-    reward_fn = None  # of the best of n
-    if args.best_of:
-        reward_fn = load_reward_function(
-            args.reward, device, args.trust_remote_code, label=args.reward_label, rows=eval_rows
-        )
     student, teacher = load_models(args, device)
     print_models(student=student, teacher=teacher)
     vocab_size = student.vocab_size
@@ -1072,10 +967,6 @@ def main(args: Args):
     # ------------------------------------------------------------------------ evaluation at step 0
     # It comes before a checkpoint is read, so that "before" is the untrained student in every run.
     before = pair_accuracy(held_out, student, args.micro_batch_size)
-    best_of_n = f"best of {args.best_of}"
-    if reward_fn is not None:
-        options = make_options(held_out, student, reward_fn, run_dir, args)
-        before[best_of_n] = best_of_n_rewards(options, student, args.micro_batch_size)
 
     # ------------------------------------------------------- stages 1 to 4: the teacher annotates
     dropped = Counter()
@@ -1168,24 +1059,16 @@ def main(args: Args):
     if first_step == total_steps:
         # The run was interrupted behind its last step, so none was left in which to evaluate.
         after = pair_accuracy(held_out, student, args.micro_batch_size)
-    if reward_fn is not None:
-        after[best_of_n] = best_of_n_rewards(options, student, args.micro_batch_size)
     save_reward_model(student, run_dir / "model")
     accuracy = {name: mean_error_count(values) for name, values in after.items()}
     results = {
         "accuracy_before": statistics.mean(before["all"]),
         "accuracy_after": statistics.mean(after["all"]),
+        "accuracy": accuracy,
+        "seconds": time.time() - started,
     }
-    if reward_fn is not None:
-        results["best_of_n_reward"] = statistics.mean(after[best_of_n])
-    results["seconds"] = time.time() - started
-    whole_results = {"best_of_n_reward": None, **results, "accuracy": accuracy}
-    save_summary(run_dir, whole_results, counts, args)
-    best_before = before.pop(best_of_n, None)
-    best_after = after.pop(best_of_n, None)
+    save_summary(run_dir, results, counts, args)
     print_accuracy(before, after)
-    if reward_fn is not None:
-        print_best_of_n(best_before, best_after, options, reward_fn)
     print_end(run_dir, args, results["seconds"], is_reward_model=True)
 
 

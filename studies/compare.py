@@ -183,6 +183,10 @@ RUNS = {
     "rm_margin_refined": ANNOTATED + " --kl_coef 0",
     "rm_released": "-m studies.released rm_distiller --annotations {rm}/annotations.jsonl",
 }
+# What is the best of eight responses worth, if a reward model picks it?
+BEST_OF_8 = "best_of_8_"
+for reward_model in ("rm", "rm_bt_plain", "rm_margin_plain", "rm_bt_refined", "rm_margin_refined"):
+    RUNS[BEST_OF_8 + reward_model] = f"-m studies.best_of_n --reward {{{reward_model}}}/model"
 # Reinforcement learning with the oracle and with two reward models, at several prices of KL.
 KL_WEIGHTS = [0.03, 0.1, 0.3, 1]
 for kl_coef in KL_WEIGHTS:
@@ -454,7 +458,7 @@ def collect(names: list[str], seeds: range, output_dir: Path) -> dict:
 
 def read_run(run: Path) -> dict:
     """The summary of a run, and its curves as points [step, tokens trained on, value]. What is only
-    measured, because nothing is trained, has neither."""
+    measured has neither, and `studies.best_of_n` trains nothing and has no curves."""
     if not (run / "summary.json").exists():
         return {"seconds": json.loads((run / "timings.json").read_text())["measured"]}
     entry = json.loads((run / "summary.json").read_text())
@@ -463,8 +467,10 @@ def read_run(run: Path) -> dict:
     for kind, (share, _, _) in accuracies.items():
         entry[f"accuracy_after/{kind}"] = share
 
-    rows = read_jsonl(run / "metrics.jsonl")
     entry["curves"] = {}
+    if not (run / "metrics.jsonl").exists():
+        return entry
+    rows = read_jsonl(run / "metrics.jsonl")
     for key in CURVES:
         points = []
         for row in rows:
@@ -712,8 +718,8 @@ CLAIMS = [
     Claim(
         "RM-Distiller",
         "… also under best-of-n",
-        better="rm",
-        worse="rm_bt_plain",
+        better="best_of_8_rm",
+        worse="best_of_8_rm_bt_plain",
         key="best_of_n_reward",
     ),
     Claim(
@@ -1012,16 +1018,25 @@ def gains(results: dict, name: str, start: str, key: str) -> list[float]:
 
 
 def reward_model_table(results: dict) -> str:
-    """Accuracy of each reward model on all pairs and on each kind, and its reward of best-of-n."""
+    """Accuracy of each reward model on all pairs and on each kind, and the oracle's reward of what
+    it picks out of eight responses, if that was measured."""
+    header = ["", "accuracy, all pairs", *PAIR_KINDS]
+    has_best_of_8 = any(name.startswith(BEST_OF_8) for name in results)
+    if has_best_of_8:
+        header.append("reward of best of 8")
     lines = []
     for label, name in REWARD_MODELS.items():
         if not is_measured(results, name):
             continue
         line = [label]
-        for key in [ACCURACY, *PAIR_ACCURACIES, "best_of_n_reward"]:
+        for key in [ACCURACY, *PAIR_ACCURACIES]:
             line.append(mean_and_error(values(results, name, key)))
+        if BEST_OF_8 + name in results:
+            line.append(mean_and_error(values(results, BEST_OF_8 + name, "best_of_n_reward")))
+        elif has_best_of_8:
+            line.append("–")
         lines.append(line)
-    return markdown(["", "accuracy, all pairs", *PAIR_KINDS, "reward of best of 8"], lines)
+    return markdown(header, lines)
 
 
 def score_quality_table(results: dict) -> str:

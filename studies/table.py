@@ -146,16 +146,16 @@ def add_last_evaluation(run: Run, metrics: list[dict]):
 
 def add_accuracy(run: Run, summary: dict):
     """The results of a reward model: shares of pairs that it orders right, over all pairs and by
-    subset, and the reward of the answer that it picks out of several."""
+    subset. And of `studies.best_of_n`, what the response is worth that it picks."""
     if "accuracy_before" in summary:
         run.results["accuracy before"] = Measured(summary["accuracy_before"])
     for name, (mean, error, _) in summary.get("accuracy", {}).items():
         label = f"accuracy after, {name}"
         if name == "all":
             label = "accuracy after"
-        elif name.startswith("best of"):
-            label = f"reward of {name}"
         run.results[label] = Measured(mean, error)
+    if "best_of_n_reward" in summary:
+        run.results["reward of the best of n"] = Measured(summary["best_of_n_reward"])
 
 
 # These come last, whatever other stages a script has.

@@ -70,16 +70,17 @@ KL_WEIGHTS = ["0.1", "0.3", "1"]
 GAMMAS = ["--gamma 0.35", "--gamma 0.7", "--gamma 1.4"]
 DPO_BETAS = ["--beta 0.3", "--beta 1", "--beta 3"]
 # Evaluations and checkpoints during training change no model.
-QUICK = " --eval_every 1000000 --save_every 1000000 --eval_prompts 32"
-ANNOTATED = "rm_distiller.py --best_of 0 --annotations {rm_annotations}/annotations.jsonl"
+QUICK = " --eval_every 1000000 --save_every 1000000"
+FEW_PROMPTS = " --eval_prompts 32"
+ANNOTATED = "rm_distiller.py --annotations {rm_annotations}/annotations.jsonl"
 SCORED = "pad.py --scores {pad_scores}/scores_1.jsonl"
 BEST_AND_WORST = " --data {best_and_worst:pad_scores}"
 
 # Stages that no setting changes are made once a seed. These runs are not judged.
 SOURCES = {
-    "dpkd_answers": "dpkd.py --max_steps 1" + SHORT + QUICK,
-    "pad_scores": "pad.py --max_steps 1" + SHORT + QUICK,
-    "rm_annotations": "rm_distiller.py --max_steps 1 --best_of 0",
+    "dpkd_answers": "dpkd.py --max_steps 1" + SHORT + QUICK + FEW_PROMPTS,
+    "pad_scores": "pad.py --max_steps 1" + SHORT + QUICK + FEW_PROMPTS,
+    "rm_annotations": "rm_distiller.py --max_steps 1",
 }
 
 
@@ -258,7 +259,7 @@ def command_of(setting: Setting, cells: Cells) -> str:
             )
         command = command.replace("{start}", f"{{{start.name()}}}")
     command += f" {setting.flags()}{QUICK}"
-    return command if method.key == "accuracy" else command + SHORT
+    return command if method.key == "accuracy" else command + FEW_PROMPTS + SHORT
 
 
 # ------------------------------------------------------------------------------------------ results

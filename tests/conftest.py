@@ -207,10 +207,21 @@ def command_line(flags: dict) -> list[str]:
     return words
 
 
+# Flags of evaluations with sampled responses. A reward model has none, so its script lacks them.
+OF_SAMPLED_RESPONSES = {"reward", "reward_label", "eval_prompts", "eval_temperature"}
+
+
+def flags_it_has(script: str, flags: dict) -> dict:
+    """The flags without those that rm_distiller.py lacks, if it is the script."""
+    if script != "rm_distiller":
+        return flags
+    return {flag: value for flag, value in flags.items() if flag not in OF_SAMPLED_RESPONSES}
+
+
 def run_script(name: str, **flags) -> int:
     """`python <name>.py --flag value ...` in this process, which saves the imports. Returns the
     exit code. An error with a traceback is raised here."""
-    words = [str(ROOT / f"{name}.py"), *command_line(flags)]
+    words = [str(ROOT / f"{name}.py"), *command_line(flags_it_has(name, flags))]
     before = sys.argv
     sys.argv = words
     try:

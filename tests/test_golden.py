@@ -32,7 +32,7 @@ FLAGS = {  # what a script needs besides, to pass through everything that it has
     "dckd": {},
     "dpkd": {"refresh_every": 2, "sft_coef": 0.5},
     "pad": {"num_answers": 3},
-    "rm_distiller": {"nll_coef": 0.5, "best_of": 2},
+    "rm_distiller": {"nll_coef": 0.5},
 }
 
 

@@ -22,7 +22,6 @@ from conftest import (
     run_script,
     save,
     training_rows,
-    vowels,
     write_jsonl,
 )
 from transformers import (
@@ -46,7 +45,6 @@ from rm_distiller import (
     Args,
     add_reward_head,
     answer_prompts,
-    best_of_n_rewards,
     edit_worse_answers,
     forward_kl,
     order_by_score,
@@ -325,7 +323,7 @@ def annotations(tmp_path, pairs) -> Path:
     return write_jsonl(tmp_path / "annotations.jsonl", rows)
 
 
-STEP = {"eval_prompts": 4, "best_of": 0, "max_response_tokens": 60}
+STEP = {"max_response_tokens": 60}
 FLAGS = {
     "the full method": {"kl_coef": 0.7, "nll_coef": 0.4, "margin_scale": 0.5},
     "no generation terms": {"kl_coef": 0.0},
@@ -497,12 +495,10 @@ def train_from_annotations(checkpoints, pairs, tmp_path, tokenizer=None, **flags
     defaults = {
         "annotations": annotations(tmp_path, pairs),
         "eval_data": pairs,
-        "reward": "conftest:vowels",
         "max_steps": 3,
         "batch_size": 4,
         "max_response_tokens": 60,
         "learning_rate": 1e-2,
-        "best_of": 0,
         "output_dir": tmp_path / "run",
     }
     assert run_script("rm_distiller", **{**models, **defaults, **flags}) == 0
@@ -610,7 +606,7 @@ def test_a_reward_model_judges_the_other_scripts(checkpoints, pairs, run_tiny, t
 def test_a_run_that_was_killed_behind_its_last_step_still_has_its_results(
     checkpoints, pairs, tmp_path
 ):
-    run = train_from_annotations(checkpoints, pairs, tmp_path, best_of=2, max_response_tokens=40)
+    run = train_from_annotations(checkpoints, pairs, tmp_path)
     summary = json.loads((run / "summary.json").read_text())
     metrics = (run / "metrics.jsonl").read_bytes()
     weights = (run / "model" / "model.safetensors").read_bytes()
@@ -618,7 +614,7 @@ def test_a_run_that_was_killed_behind_its_last_step_still_has_its_results(
     (run / "model" / "model.safetensors").unlink()
     assert run_script("rm_distiller", resume=run) == 0
     again = json.loads((run / "summary.json").read_text())
-    for name in ("accuracy_before", "accuracy_after", "accuracy", "best_of_n_reward"):
+    for name in ("accuracy_before", "accuracy_after", "accuracy"):
         assert again[name] == summary[name], name
     assert (run / "metrics.jsonl").read_bytes() == metrics
     assert (run / "model" / "model.safetensors").read_bytes() == weights
@@ -630,15 +626,14 @@ SUBSETS = ["one", "two", None, "one", "", "two", "two", "one", "one"]
 
 @pytest.fixture
 def evaluated(checkpoints, pairs, tmp_path, capsys):
-    """(rows with subsets, run folder, summary, what was printed) of a run with --best_of 3. Columns
-    of the data that happen to be called as something of ours change nothing."""
+    """(rows with subsets, run folder, summary, what was printed) of a run. Columns of the data
+    that happen to be called as something of ours change nothing."""
     rows = read_jsonl(pairs)
     rows.append(dict(rows[0]))
     for row, subset in zip(rows, SUBSETS, strict=True):
         row |= {"source": subset, "worth": [5, 7], "pool": "x", "score_chosen": 1}
     file = write_jsonl(tmp_path / "subsets.jsonl", rows)
-    flags = {"eval_data": file, "best_of": 3, "eval_prompts": 5, "max_response_tokens": 40}
-    run = train_from_annotations(checkpoints, pairs, tmp_path, **flags)
+    run = train_from_annotations(checkpoints, pairs, tmp_path, eval_data=file)
     summary = json.loads((run / "summary.json").read_text())
     return read_rows(str(file), "train"), run, summary, capsys.readouterr().out
 
@@ -651,7 +646,7 @@ def test_accuracy_by_subset_equals_a_slow_count(evaluated):
         chosen, rejected = reward_fn([row] * 2, [row["chosen"], row["rejected"]])
         for subset in {row["source"] or "all", "all"}:
             correct[subset].append(chosen > rejected)
-    assert summary["accuracy"].keys() == {*correct, "best of 3"}
+    assert summary["accuracy"].keys() == correct.keys()
     for subset, values in correct.items():
         share, error, count = summary["accuracy"][subset]
         assert share == pytest.approx(statistics.mean(values))
@@ -663,41 +658,15 @@ def test_accuracy_by_subset_equals_a_slow_count(evaluated):
     assert last["eval/accuracy"] == summary["accuracy_after"]
 
 
-def test_the_best_of_n_equals_a_slow_count(evaluated):
-    _, run, summary, _ = evaluated
-    options = read_jsonl(run / "options.jsonl")
-    lm = LM(run / "model", CPU, is_reward_model=True)
-    best = []
-    for row in options:
-        texts = [response["text"] for response in row["answers"]]
-        assert len(texts) == 3
-        assert row["worth"] == vowels(None, texts)
-        # Sampled responses end with an end-of-turn only if they were finished.
-        prompt, responses = lm.encode(row["prompt"], row["answers"])
-        values = []
-        for response in responses:
-            with torch.no_grad():
-                logits = lm.model(torch.tensor([prompt + response[:40]])).logits
-            values.append(logits[0, 0].item())
-        preferred = [w for w, value in zip(row["worth"], values) if value == max(values)]
-        best.append(statistics.mean(preferred))
-    assert len(options) == 5
-    assert summary["best_of_n_reward"] == pytest.approx(statistics.mean(best))
-    assert summary["accuracy"]["best of 3"][0] == summary["best_of_n_reward"]
-
-
-def test_equal_rewards_share_a_pair_and_an_option(load):
+def test_equal_rewards_share_a_pair(load):
     """A head of zeros gives every response the reward 0."""
     student = load("student")
     add_reward_head(student, seed=1)
     torch.nn.init.zeros_(student.model.score.weight)
     examples = random_examples(student.vocab_size, [(4, [3, 3]), (5, [2, 4]), (3, [1, 2])])
-    for example in examples:
-        example.row["worth"] = [1.0, 4.0]
     examples[0].row["subset"] = "one"
     correct = pair_accuracy(examples, student, micro_batch_size=2)
     assert correct == {"all": [0.5, 0.5, 0.5], "one": [0.5]}
-    assert best_of_n_rewards(examples, student, micro_batch_size=2) == [2.5, 2.5, 2.5]
 
 
 def test_the_playgrounds_pairs_are_what_they_are_said_to_be():
@@ -724,7 +693,7 @@ def test_the_playgrounds_pairs_are_what_they_are_said_to_be():
 
 
 # ---------------------------------------------------------------------- the stages of annotation
-SHORT = {"max_steps": 2, "batch_size": 8, "eval_prompts": 4, "best_of": 0}
+SHORT = {"max_steps": 2, "batch_size": 8}
 SHORT["max_response_tokens"] = 40
 
 
@@ -975,7 +944,6 @@ def feed(pairs, checkpoints, tmp_path):
             teacher=checkpoints["teacher"],
             data=str(pairs),
             eval_data=str(pairs),
-            reward="conftest:vowels",
             log_every=1,
             output_dir=str(folder),
             **SHORT,

@@ -756,7 +756,7 @@ def test_r78_an_infinite_likelihood_of_weight_0_is_not_in_the_loss(
     annotations = write_jsonl(tmp_path / "annotations.jsonl", rows)
     exclude(monkeypatch, load("student").plain_ids("an answer")[:1], only_student=False)
 
-    run = run_tiny("rm_distiller", annotations=annotations, best_of=0, **{"no-refine": True})
+    run = run_tiny("rm_distiller", annotations=annotations, **{"no-refine": True})
 
     row = training_row(run)
     assert row["losses/nll"] == math.inf

@@ -306,7 +306,7 @@ def test_r82_scripts_save_the_dtype_of_the_student(script, run_tiny, checkpoints
     tokenizer = AutoTokenizer.from_pretrained(checkpoints["student"])
     flags = {"student": save(tmp_path / "student", tokenizer, student)}
     if script == "rm_distiller":
-        flags |= {"annotations": annotations(tmp_path, pairs), "best_of": 0}
+        flags["annotations"] = annotations(tmp_path, pairs)
     run = run_tiny(script, **flags)
     assert files_dtypes(run / "model") == {torch.bfloat16}
     state = torch.load(run / "checkpoint.pt", weights_only=True)["model"]

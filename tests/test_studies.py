@@ -299,7 +299,7 @@ def test_runs_without_rewards_unfinished_runs_and_reward_models_are_shown_as_suc
         file.write('{"step": 40, "eval')  # a kill cut this line
     no_rewards = write_run(tmp_path / "none", {}, {}, seconds=2.0)
     write_jsonl(no_rewards / "eval_after.jsonl", [{"id": "1", "text": "yes"}])
-    accuracy = {"all": [0.8, 0.02, 300], "hard": [0.7, 0.04, 100], "best of 8": [0.9, 0.1, 16]}
+    accuracy = {"all": [0.8, 0.02, 300], "hard": [0.7, 0.04, 100]}
     reward_model = write_run(
         tmp_path / "rm", {}, {}, accuracy_before=0.5, accuracy=accuracy, best_of_n_reward=0.9
     )
@@ -315,7 +315,7 @@ def test_runs_without_rewards_unfinished_runs_and_reward_models_are_shown_as_suc
     assert texts(cells["results", "accuracy before"]) == ["–", "–", "0.500"]
     assert texts(cells["results", "accuracy after"]) == ["–", "–", "0.800 ± 0.020"]
     assert texts(cells["results", "accuracy after, hard"]) == ["–", "–", "0.700 ± 0.040"]
-    assert texts(cells["results", "reward of best of 8"]) == ["–", "–", "0.900 ± 0.100"]
+    assert texts(cells["results", "reward of the best of n"]) == ["–", "–", "0.900"]
     assert ("results", "beats the first run") not in cells
     assert texts(cells["seconds", "in all"]) == ["1.5", "2.0", "1.5"]
 

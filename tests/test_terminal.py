@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, TINY_RUN, command_line, one_short, read_jsonl, write_jsonl
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    TINY_RUN,
+    command_line,
+    flags_it_has,
+    one_short,
+    read_jsonl,
+    write_jsonl,
+)
 from safetensors.torch import load_file
 
 import adpa
@@ -71,9 +80,9 @@ def test_r51_help_can_be_read_where_there_is_no_utf_8():
 @every_script
 def test_r51_a_flag_has_two_spellings_and_one_value(script):
     module = importlib.import_module(script)
-    words = ["--batch-size", "3", "--eval_prompts", "5", "--no-gradient-checkpointing"]
+    words = ["--batch-size", "3", "--eval_every", "5", "--no-gradient-checkpointing"]
     args = parse_flags(module.Args, module.__doc__, words)
-    assert args == module.Args(batch_size=3, eval_prompts=5)
+    assert args == module.Args(batch_size=3, eval_every=5)
 
 
 # ------------------------------------------------------------------------------- r52: bars and logs
@@ -162,7 +171,7 @@ def own_flags(checkpoints, pairs, tmp_path) -> dict[str, dict]:
         "dckd": {},
         "dpkd": {},
         "pad": {"alpha": 1, "num_answers": 2},
-        "rm_distiller": {"annotations": annotations, "best_of": 2},
+        "rm_distiller": {"annotations": annotations},
         "studies/baselines": {},
     }
 
@@ -190,7 +199,7 @@ def facts_of(text: str) -> dict[str, str]:
 def test_r53_a_run_says_what_it_is_before_any_work(script, run_tiny, own_flags, checkpoints):
     run, text = printed_by(run_tiny, script, **own_flags[script], num_epochs=3, max_steps=0)
 
-    first_stage = re.search(r"^(eval_before|options): ", text, re.M).start()
+    first_stage = re.search(r"^(eval_before|training): ", text, re.M).start()
     start = text[:first_stage]
     facts = facts_of(start)
     assert start.splitlines()[0].startswith(f"run folder        {run} (--resume {run} ")
@@ -301,13 +310,11 @@ def test_r53_everything_can_be_printed_where_there_is_no_utf_8(own_flags, checkp
         row["refined"] += " \u017elu\u0165ou\u010dk\u00fd \U0001f98a"
     write_jsonl(path, rows)
     flags = {
-        **TINY_RUN,
+        **flags_it_has("rm_distiller", TINY_RUN),
         **own_flags["rm_distiller"],
         "student": checkpoints["student"],
         "teacher": checkpoints["teacher"],
         "eval_data": path,
-        "reward": "playground.world:reward",
-        "best_of": 0,
         "output_dir": tmp_path / "run",
     }
     done = subprocess.run(

@@ -326,7 +326,7 @@ WITH_SAMPLES = {  # the flags with which all samples of a script are scored, and
     "adpa": ({}, 8),
     "dpkd": ({}, 16),
     "pad": ({"num_answers": 3, "alpha": 1}, 24),
-    "rm_distiller": ({"no-refine": True, "best_of": 2}, 10),
+    "rm_distiller": ({"no-refine": True}, 8),
     "studies/baselines": ({"loss": "reverse_kl"}, 8),
 }
 
