@@ -451,8 +451,6 @@ def is_edge(coefficient: str, coefficients: list[str]) -> bool:
 NOT_FINITE = re.compile(r"error: (loss \S+, gradient norm \S+ in step \d+)")
 # What remains of a judged cell's run, by which it would be found finished.
 KEPT = ["args.json", "summary.json", "metrics.jsonl", "timings.json", "measured.json"]
-
-
 # A server that has imported the libraries once. Runs are forked from it, which saves each of them,
 # and each measurement, the four seconds that its imports would take.
 FORK_SERVER = multiprocessing.get_context("forkserver")
@@ -572,10 +570,10 @@ def waiting_runs(names: list[str], seeds: range, study: Study) -> list[tuple[str
         for name in names:
             for setting in settings(name):
                 command = command_of(setting, study.cells)
-                cell = study.cells[setting].pop(seed, {})
+                cell = study.cells[setting].get(seed, {})
                 if cell.get("command") == f"python {command}":
-                    study.cells[setting][seed] = cell
                     continue
+                study.cells[setting].pop(seed, None)
                 compare.RUNS[setting.name()] = command
                 study.missing[setting.name()] = setting
                 for source in compare.needs(command):
@@ -604,7 +602,9 @@ def plan(names: list[str], seeds: range, cells: Cells) -> str:
     """A line for every method: its cells, how many are missing, and about how long these take on
     one core, by the median of the finished ones."""
     lines = [["", "cells", "missing", "minutes"]]
-    counts = [0, 0, 0.0]
+    all_cells = 0
+    all_missing = 0
+    all_minutes = 0.0
     for name in names:
         finished = []
         for setting in settings(name):
@@ -616,9 +616,11 @@ def plan(names: list[str], seeds: range, cells: Cells) -> str:
         if finished:
             seconds = statistics.median(cell["seconds"] for cell in finished)
         minutes = missing * seconds / 60
-        counts = [counts[0] + total, counts[1] + missing, counts[2] + minutes]
+        all_cells += total
+        all_missing += missing
+        all_minutes += minutes
         lines.append([name, str(total), str(missing), f"{minutes:.0f}"])
-    lines.append(["all", str(counts[0]), str(counts[1]), f"{counts[2]:.0f}"])
+    lines.append(["all", str(all_cells), str(all_missing), f"{all_minutes:.0f}"])
     return aligned(lines)
 
 

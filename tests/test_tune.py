@@ -264,6 +264,16 @@ def test_stages_are_shared_by_the_cells_of_a_seed(fake, tmp_path, monkeypatch):
     assert "| RM-Distiller, the full method | `--kl_coef 0.03" in page(tmp_path)
 
 
+def test_a_shared_stage_waits_once_and_before_its_cells(fake, tmp_path):
+    """Twice, two processes would write to one folder."""
+    cells = tune.read_cells(tmp_path / "docs/tuning.json")
+    waiting = tune.waiting_runs(["pad", "rm"], range(101, 103), tune.Study(tmp_path, 8, cells))
+    assert len(set(waiting)) == len(waiting) == 2 * (15 + 9 + 2)
+    first = [name for name, _ in waiting if name in tune.SOURCES]
+    assert first == ["pad_scores", "rm_annotations"] * 2
+    assert waiting[0] == ("pad_scores", 101)
+
+
 def test_adpa_plus_starts_from_the_best_dckd_of_all_seeds(fake, tmp_path):
     best = "--kl_chosen 1 --kl_rejected 1 --learning_rate 3e-3"
     fake.rewards = {best: 0.8}
@@ -281,6 +291,11 @@ def test_adpa_plus_starts_from_the_best_dckd_of_all_seeds(fake, tmp_path):
             cell["reward"] = 0.9 if cell["learning_rate"] == "1e-2" else 0.1
     (tmp_path / "docs/tuning.json").write_text(json.dumps(results))
     before = len(fake.commands)
+    fake.stop_after = before + 2
+    with pytest.raises(KeyboardInterrupt):
+        study(tmp_path, only="^adpa_plus$", seeds=2)
+    assert len(json.loads((tmp_path / "docs/tuning.json").read_text())["cells"]) == 18 + 1
+    fake.stop_after = None
     results = study(tmp_path, only="^adpa_plus$", seeds=2)
     assert len(results["cells"]) == 36
     again = [command for command in fake.commands[before:] if command.startswith("adpa.py")]
@@ -353,6 +368,15 @@ def test_a_table_by_hand(tmp_path):
     text = "| SFT on chosen |  | 0.600 ± 0.058 | **0.700 ± 0.058** | 0.400 ± 0.000 |"
     assert text in report
     assert "| SFT on chosen | `--learning_rate 3e-3` | 0.700 ± 0.058 |  |" in report
+
+
+def test_an_edge_is_the_lowest_or_the_highest_value_that_is_tried():
+    """--gamma has one value, and so no edge."""
+    tried = ["--gamma 1 --beta 2", "--gamma 1 --beta 10", "--gamma 1 --beta 9"]
+    assert [tune.is_edge(flags, tried) for flags in tried] == [True, True, False]
+    pad = METHODS["pad"].coefficients
+    assert [tune.is_edge(flags, pad) for flags in pad] == [True, False, True, True, True]
+    assert not tune.is_edge("", [""])
 
 
 def test_the_page_says_what_the_file_holds():
