@@ -1737,7 +1737,7 @@ def how_to_go_on(args) -> str:
 
 
 def check_flags(args, at_least_0: list[str]):
-    """Ends the program if a number makes no sense, or if the package for --track is missing.
+    """Ends the program if a number makes no sense, or if what --track needs cannot be imported.
 
     `at_least_0` names the flags of the method that must be numbers of at least 0. The numbers that
     scripts share are checked as well.
@@ -1750,10 +1750,14 @@ def check_flags(args, at_least_0: list[str]):
             stop(f"--{name} {value} must be a number of at least {least}")
     if args.seed > MAX_SEED:
         stop(f"--seed {args.seed} must be a number between 0 and {MAX_SEED}")
-    packages = {"none": [], "tensorboard": ["tensorboard"], "wandb": ["wandb", "tensorboard"]}
-    for package in packages[args.track]:
-        if importlib.util.find_spec(package) is None:
-            stop(f"--track {args.track} needs a package: pip install {package}")
+    modules = {"none": [], "tensorboard": ["torch.utils.tensorboard"]}
+    modules["wandb"] = ["wandb", *modules["tensorboard"]]
+    for module in modules[args.track]:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:  # the package is not there, or lacks another one
+            package = module.removeprefix("torch.utils.")
+            stop(f"--track {args.track} needs a package: pip install {package} ({error})")
 
 
 # What is in a run's folder before its first stage has a result, also with .partial behind it.

@@ -10,9 +10,11 @@ import math
 import re
 import shutil
 import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -33,6 +35,7 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
+import adpa
 import common
 from common import LM
 
@@ -638,12 +641,31 @@ def test_tensorboard_shows_the_metrics(script, tmp_path):
             assert value == pytest.approx(row[key], rel=1e-5)
 
 
+@pytest.mark.parametrize("track", ["wandb", "tensorboard"])
+@pytest.mark.parametrize("package", ["wandb", "torch.utils.tensorboard"])
 def test_a_package_for_tracking_that_is_missing_is_one_line_before_any_work(
-    tmp_path, monkeypatch, capsys
+    package, track, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
-    assert run_script("adpa", track="wandb", output_dir=tmp_path / "run") == 2
-    assert "pip install wandb" in error_line(capsys) and not (tmp_path / "run").exists()
+    """A package that is there may lack another one, so it is imported."""
+    for name in ("wandb", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.delitem(sys.modules, package)
+    broken = tmp_path.joinpath(*package.split(".")).with_suffix(".py")
+    broken.parent.mkdir(parents=True, exist_ok=True)
+    broken.write_text("import nowhere_at_all")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.utils, "__path__", [str(broken.parent)])
+    run = tmp_path / "run"
+    if track == "tensorboard" and package == "wandb":
+        common.check_flags(adpa.Args(track=track), [])
+        return
+
+    assert run_script("adpa", track=track, output_dir=run) == 2
+
+    error = error_line(capsys)
+    assert f"pip install {package.removeprefix('torch.utils.')} " in error
+    assert "No module named 'nowhere_at_all'" in error
+    assert not run.exists()
 
 
 # ---------------------------------------------------------------------------------- the source text
