@@ -39,7 +39,7 @@ departures.
     # models and data of the hub, on one GPU of 80 GB
     python pad.py --student google/gemma-2-2b-it \
         --teacher google/gemma-2-9b-it \
-        --data trl-lib/ultrafeedback-prompt --max_rows 0 \
+        --data trl-lib/ultrafeedback-prompt --max_rows 0 --judge_criteria \
         --eval_data trl-lib/ultrafeedback-prompt \
         --reward Skywork/Skywork-Reward-V2-Llama-3.2-1B \
         --beta 10 --alpha 0 --learning_rate 8e-7 --num_epochs 1 \
@@ -223,6 +223,9 @@ class Method:
     swap_order: bool = False
     """ask about two answers in both orders, against the judge's position bias (ours; released
     prob.py: one order)"""
+    judge_criteria: bool = False
+    """tell the judge what makes an answer better, and when to say None (released mcq-template.json:
+    yes; the toy task's judge does not know such a text)"""
     scores: str = ""
     """scores_1.jsonl of another run or program, in place of --data and of stages 1 and 2 of the
     first round (columns: docs/pad.md)"""
@@ -400,6 +403,13 @@ JUDGE_PROMPT = (
     "Request: {prompt}\nAnswer A: {a}\nAnswer B: {b}\n"
     "Which answer is better? Reply with A, B or None."
 )
+# What --judge_criteria puts in front of it, for a judge that follows instructions.
+JUDGE_CRITERIA = (
+    "Compare two answers to a request by five questions. Is the answer relevant to the request? Is "
+    "what it says accurate? Is it complete? Is it coherent? Is it clear? The answer that does "
+    "better in all of this together is better. Reply None if neither does well, or if they are so "
+    "alike that none is better.\n\n"
+)
 
 
 def judge_answers(rows: list[dict], teacher: LM, args: Args) -> list[dict]:
@@ -421,7 +431,7 @@ def judge_answers(rows: list[dict], teacher: LM, args: Args) -> list[dict]:
     numbers = {"average_logp": logps}
     if args.alpha < 1:
         pairs = question_pairs(n, args.swap_order)
-        p_a, p_b = ask_teacher(rows, pairs, teacher)  # [B, pairs] each
+        p_a, p_b = ask_teacher(rows, pairs, teacher, args)  # [B, pairs] each
         judgement = mcq_scores(p_a, p_b, pairs, n).exp()  # [B, n]
         numbers |= {"judgement": judgement, "p_a": p_a, "p_b": p_b}
 
@@ -441,25 +451,27 @@ def question_pairs(n: int, swap_order: bool) -> list[tuple[int, int]]:
     return list(itertools.combinations(range(n), 2))
 
 
-def judge_question(row: dict, a: int, b: int) -> list[dict]:
+def judge_question(row: dict, a: int, b: int, args: Args) -> list[dict]:
     """The chat that asks which of two answers of a row is better."""
     question = JUDGE_PROMPT.format(
         prompt=prompt_text(row["prompt"]),
         a=row["answers"][a]["text"],
         b=row["answers"][b]["text"],
     )
+    if args.judge_criteria:
+        question = JUDGE_CRITERIA + question
     return [{"role": "user", "content": question}]
 
 
 def ask_teacher(
-    rows: list[dict], pairs: list[tuple[int, int]], teacher: LM
+    rows: list[dict], pairs: list[tuple[int, int]], teacher: LM, args: Args
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """p(A) and p(B), [B, pairs] each: how likely it is that the teacher's reply begins with a token
     that reads A or B. They are not normalised, so a reply of "None" lowers both."""
     questions = []
     for row in rows:
         for a, b in pairs:
-            ids = teacher.prompt_ids(judge_question(row, a, b))
+            ids = teacher.prompt_ids(judge_question(row, a, b, args))
             # `pack` wants a response, so the question's last token is one. At its position
             # (`last_index`) the model predicts the first token of its reply.
             questions.append(Example({}, ids[:-1], [ids[-1:]]))
@@ -620,7 +632,7 @@ def why_the_filter_keeps_nothing(rows: list[dict], teacher: LM, args: Args) -> s
     said = ""
     scores = f"--scores {args.scores}"
     if not args.scores:
-        chat = judge_question(rows[0], 0, 1)
+        chat = judge_question(rows[0], 0, 1, args)
         [[reply]] = teacher.sample(
             [teacher.prompt_ids(chat)],
             temperature=0.0,

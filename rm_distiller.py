@@ -33,6 +33,7 @@ departures.
     python rm_distiller.py --student Qwen/Qwen2.5-3B-Instruct \
         --teacher Qwen/Qwen2.5-14B-Instruct \
         --data argilla/dpo-mix-7k --eval_data argilla/dpo-mix-7k \
+        --score_criteria \
         --learning_rate 1e-5 --micro_batch_size 2 --gradient_checkpointing \
         --sample_batch_size 64 --max_prompt_tokens 1024 \
         --max_response_tokens 1024 --max_edit_tokens 2048
@@ -127,6 +128,13 @@ RESCORE_PROMPT = (
     "The worse answer was scored {score:.0f} out of 10. "
     "Score the edited answer on the same scale.\n"
     "Reply with the score."
+)
+# What --score_criteria puts in front of SCORE_PROMPT and of RESCORE_PROMPT, for a teacher that
+# follows instructions.
+SCORE_CRITERIA = (
+    "A score says how helpful an answer is, how relevant to the request, how accurate, and whether "
+    "it has as much detail as it should. 1 is the worst and 10 the best. It makes no difference "
+    "which answer comes first. Give no reasons.\n\n"
 )
 
 
@@ -260,6 +268,9 @@ class Method:
     score: Literal["expected", "text"] = "expected"
     """expected: a score is its expectation over the ten that the teacher can give; text: it is what
     the teacher's reply says"""
+    score_criteria: bool = False
+    """tell the teacher what a score should depend on (released score_orig_vllm.py: yes; the toy
+    task's teacher does not know such a text)"""
     sample_temperature: float = 1.0
     """temperature of the teacher's answers and edits (tuned for the toy task; released
     refine_response_vllm.py: 0.7, with top_p 0.8 and top_k 20)"""
@@ -635,7 +646,7 @@ def score_as_answer_a(
         question = SCORE_PROMPT.format(
             prompt=prompt_text(row["prompt"]), a=row[scored], b=row[other]
         )
-        chats.append([user_turn(question)])
+        chats.append([score_turn(question, args)])
 
     column = f"score_{scored}"
     if args.score == "text":
@@ -647,6 +658,13 @@ def score_as_answer_a(
         chats, "A: {},", teacher, reply_ends=False, logits_chunk=args.logits_chunk
     )
     return [{column: score} for score in scores]
+
+
+def score_turn(question: str, args: Args) -> dict:
+    """The turn that asks for scores. With --score_criteria it says first what they depend on."""
+    if args.score_criteria:
+        question = SCORE_CRITERIA + question
+    return user_turn(question)
 
 
 def refine_question(row: dict) -> dict:
@@ -693,7 +711,7 @@ def score_edits(rows: list[dict], teacher: LM, args: Args) -> list[dict]:
     for row in rows:
         reply = {"role": "assistant", "content": row["refined_reply"]}
         question = RESCORE_PROMPT.format(score=row["score_rejected"])
-        chats.append([refine_question(row), reply, user_turn(question)])
+        chats.append([refine_question(row), reply, score_turn(question, args)])
 
     if args.score == "text":
         texts = score_replies(chats, teacher, args)

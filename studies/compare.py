@@ -733,19 +733,19 @@ CLAIMS = [
 RELEASED = [
     Claim(
         "ADPA",
-        "clamps log-ratios of the 50 likeliest tokens to [1e-8, 1 − 1e-8]",
+        "clamps log-ratios of the 50 likeliest tokens to [1e-8, 1 − 1e-8] (`compress_logits.py`)",
         better="adpa",
         worse="adpa_released",
     ),
     Claim(
         "PAD",
-        "exchanges the divergence's arguments (1 prompt a device, as configured)",
+        "exchanges the divergence's arguments (1 prompt a device, `gemma-2-2b-it-pd.yaml`)",
         better="pad",
         worse="pad_released",
     ),
     Claim(
         "PAD",
-        "… and adds up two prompts' distributions (2 a device, as in the log)",
+        "… and adds up two prompts' distributions (2 a device, `gemma-log/pad.log`)",
         better="pad",
         worse="pad_released_2",
     ),

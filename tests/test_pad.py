@@ -513,6 +513,33 @@ def test_judging_alone_equals_plain_forward_passes_and_decodes_the_vocabulary_on
     assert decoded == [teacher.vocab_size]
 
 
+@pytest.mark.parametrize("judge_criteria", [False, True])
+def test_the_judge_reads_the_criteria_if_it_should(load, pairs, monkeypatch, judge_criteria):
+    teacher = load("teacher")
+    asked = []
+    prompt_ids = teacher.prompt_ids
+
+    def remember(chat):
+        asked.append(chat)
+        return prompt_ids(chat)
+
+    monkeypatch.setattr(teacher, "prompt_ids", remember)
+    rows = [{**row, "answers": finished("yes", "no, no")} for row in prompts_of(pairs)[:2]]
+    args = Args(**TINY, judge_criteria=judge_criteria)
+    results = judge_answers(rows, teacher, args)
+    scored = [{**row, **result} for row, result in zip(rows, results, strict=True)]
+    # The line that says why no prompt is left asks the first question once more.
+    pad.why_the_filter_keeps_nothing(scored, teacher, args)
+    texts = [turn["content"] for [turn] in asked]
+    assert len(texts) == 3 and texts[2] == texts[0]
+    for row, text in zip(rows, texts):
+        question = JUDGE_PROMPT.format(prompt=row["prompt"][0]["content"], a="yes", b="no, no")
+        told = text.removesuffix(question)
+        assert len(told) + len(question) == len(text)
+        criteria = ("relevant", "accurate", "complete", "coherent", "clear", "Reply None if")
+        assert all((word in told) == judge_criteria for word in criteria)
+
+
 def other_teacher(folder) -> str:
     """Another tokenizer, another vocabulary, no chat template: nothing that the student shares."""
     text = "Answer A is better than Answer B: A, B or None. " * 50

@@ -876,6 +876,46 @@ def test_every_stage_can_be_called_alone(playground_teacher, tmp_path):
         assert scored == {"score_refined": pytest.approx(expected, abs=1e-3)}
 
 
+@pytest.mark.parametrize("score", ["expected", "text"])
+@pytest.mark.parametrize("score_criteria", [False, True])
+def test_the_teacher_reads_what_a_score_depends_on_if_it_should(monkeypatch, score, score_criteria):
+    asked = []
+
+    def remember(chats, *_, **__) -> list[float]:
+        asked.extend(chats)
+        return [5.0] * len(chats)
+
+    def remember_and_reply(chats, *_) -> list[str]:
+        asked.extend(chats)
+        return ["A: 5, B: 5"] * len(chats)
+
+    monkeypatch.setattr(rm_distiller, "expected_scores", remember)
+    monkeypatch.setattr(rm_distiller, "score_replies", remember_and_reply)
+    row = {
+        "prompt": [user("Name a bird.")],
+        "chosen": "owl",
+        "rejected": "fish",
+        "teacher": sample("wren"),
+        "score_rejected": 2.0,
+        "refined_reply": "Why: a fish Edited: owl",
+    }
+    args = Args(score=score, score_criteria=score_criteria)
+    assert score_as_answer_a([row], "chosen", "rejected", None, args)[0]["score_chosen"] == 5
+    assert "score_refined" in score_edits([row], None, args)[0]
+    [[pair], [refine, _, edit]] = asked
+    questions = (
+        SCORE_PROMPT.format(prompt="Name a bird.", a="owl", b="fish"),
+        RESCORE_PROMPT.format(score=2),
+    )
+    criteria = ["helpful", "relevant", "accurate", "detail"] if score_criteria else []
+    for turn, question in zip((pair, edit), questions):
+        told = turn["content"].removesuffix(question)
+        assert len(told) + len(question) == len(turn["content"])
+        words = [word for word in ("helpful", "relevant", "accurate", "detail") if word in told]
+        assert words == criteria
+    assert refine["content"].startswith("Request: Name a bird.\nBetter answer: wren")
+
+
 def test_texts_with_braces_are_put_into_the_prompts_as_they_are(monkeypatch):
     asked = []
 
