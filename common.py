@@ -77,6 +77,10 @@ class ChatTemplateError(ValueError):
     """A chat template refuses the messages of a row, or does not keep a prompt as it is."""
 
 
+class UnusableRow(ValueError):
+    """A row has no text in a column that is needed."""
+
+
 @contextmanager
 def error_note(note: str):
     """Adds a line to the traceback of whatever goes wrong inside: which file, which row."""
@@ -976,15 +980,25 @@ def read_rows(
     response. A message has `role` and `content`, or `from` and `value`.
 
     A returned row has an `id`, the prompt as messages, the columns as texts, and whatever else it
-    had but images and sounds. As `record` it has the row as it was read. The program ends with the
-    file and row that cannot be read.
+    had but images and sounds. As `record` it has the row as it was read. Rows without a text in one
+    of the columns are left out and counted. The program ends if no row is left, and with the file
+    and row that cannot be read.
     """
     rows = []
-    for number, (file, place, record) in enumerate(read_records(source, split, config), 1):
+    left_out = []
+    records = read_records(source, split, config)
+    for number, (file, place, record) in enumerate(records, 1):
         try:
             rows.append(read_row(record, number, columns))
         except ValueError as error:
-            stop(f"{file}, row {place}: {error}: {repr(record)[:200]}")
+            problem = f"{file}, row {place}: {error}: {repr(record)[:200]}"
+            if not isinstance(error, UnusableRow):
+                stop(problem)
+            left_out.append(problem)
+    if not rows:
+        stop(left_out[0] if left_out else f"there are no rows in {source} (split {split})")
+    if left_out:
+        print(f"note: left out {len(left_out)} of {len(records)} rows, as {left_out[0]}")
     return rows
 
 
@@ -1072,6 +1086,8 @@ def file_kind(path: Path) -> str:
 def read_file(path: Path, kinds: tuple[str, ...]) -> list:
     """The records of a file. Texts stay what they are: `datasets` makes dates of some."""
     kind = file_kind(path)
+    if not path.exists():
+        stop(f"cannot read {path}: there is no such file")
     if kind not in kinds:
         wanted = f"a file of the kinds {', '.join(kinds)}, also with {', '.join(COMPRESSIONS)}"
         stop(f"cannot read {path}: what is needed is {wanted}, or a folder of such files")
@@ -1195,7 +1211,7 @@ def read_prompt(record: dict, columns) -> list[dict]:
     if missing or not prompt:
         needed = ", ".join(["prompt", *columns])
         found = ", ".join(name for name in record if record[name] is not None)
-        raise ValueError(f"the columns {needed} are needed, found {found}")
+        raise UnusableRow(f"the columns {needed} are needed, found {found}")
     role = prompt[-1]["role"]
     if role not in ("user", "tool"):
         raise ValueError(f"the prompt ends with a turn of the {role}, not of the user or a tool")
@@ -1216,6 +1232,8 @@ def read_response(record: dict, column: str) -> tuple[list[dict], str]:
 def read_turns(value, column: str, role: str) -> list[dict]:
     """Messages, from messages, from one message, or from a text, which gets the role."""
     if isinstance(value, str):
+        if re.match(r"""\[\s*\{\s*["'](role|content|from|value)["']""", value):
+            raise UnusableRow(f"{column} is a conversation that was written as a text")
         return [{"role": role, "content": value}]
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages:
@@ -1396,22 +1414,27 @@ def load_reward_function(
     def reward_fn(rows: list[dict], responses: list[str | dict]) -> list[float | None]:
         samples = []
         for response in responses:
-            if isinstance(response, str):
-                response = {"text": response}
-            samples.append(response)
+            samples.append({"text": response} if isinstance(response, str) else response)
         with error_note(f"judging {len(responses)} responses with --reward {spec}"):
-            rewards = list(score(rows, samples))
-            for i, reward in enumerate(rewards):
-                if reward is not None:
-                    rewards[i] = float(reward)
-        is_valid = [reward is None or math.isfinite(reward) for reward in rewards]
-        if len(rewards) != len(responses) or not all(is_valid):
-            wanted = f"{len(responses)} finite numbers"
-            stop(f"--reward {spec} must return {wanted}; it returned {str(rewards)[:100]}")
+            returned = score(rows, samples)
+        rewards = as_rewards(returned)
+        if len(rewards) != len(responses):
+            wanted = f"a list of {len(responses)} finite numbers"
+            stop(f"--reward {spec} must return {wanted}; it returned {str(returned)[:100]}")
         return rewards
 
     reward_fn.best_possible = best_possible
     return reward_fn
+
+
+def as_rewards(returned) -> list[float | None]:
+    """What a reward function returned, as numbers and None, or [] if it is anything else."""
+    try:
+        rewards = [None if reward is None else float(reward) for reward in returned]
+    except (TypeError, ValueError):
+        return []
+    is_valid = [reward is None or math.isfinite(reward) for reward in rewards]
+    return rewards if all(is_valid) else []
 
 
 def load_function(spec: str):
@@ -1435,6 +1458,8 @@ def load_function(spec: str):
     if not callable(function):
         found = getattr(module, "__file__", place)
         stop(f"--reward {spec}: {found} has no function {function_name}")
+    if inspect.isclass(function):
+        stop(f"--reward {spec} is a class: name a function, or an instance that can be called")
     return function
 
 
@@ -1461,8 +1486,8 @@ def call_reward_function(function, columns: list[str], rows: list[dict], samples
     the data is a text, prompt and completion are texts. Where it is a list of messages, so is the
     completion, with one message of the assistant. TRL decides that by the first prompt of a batch
     (trl/data_utils.py, `is_conversational`), and here every row decides for itself. They differ
-    only for data that mixes both. A coroutine is awaited, as in TRL. The trainer_state, log_extra
-    and log_metric of TRL's trainer are not there.
+    only for data that mixes both. A coroutine is awaited, as in TRL. log_extra and log_metric log
+    nothing. There is no trainer_state: a response is worth the same in every step.
 
     Any other function is called as f(prompts, responses), a list of chats and one of texts.
     """
@@ -1506,13 +1531,21 @@ def reward_keywords(rows: list[dict], samples: list[dict], columns: list[str]) -
         else:
             prompts.append(row["prompt"])
             completions.append([{"role": "assistant", "content": sample["text"]}])
-    keywords = {}
+    # The columns come last, so that no column takes the place of what TRL passes.
+    keywords = {
+        "prompts": prompts,
+        "completions": completions,
+        "completion_ids": [sample.get("token_ids") for sample in samples],
+        "log_extra": log_nothing,
+        "log_metric": log_nothing,
+    }
     for name in columns:
-        keywords[name] = [original_row(row).get(name) for row in rows]
-    keywords["prompts"] = prompts
-    keywords["completions"] = completions
-    keywords["completion_ids"] = [sample.get("token_ids") for sample in samples]
+        keywords.setdefault(name, [original_row(row).get(name) for row in rows])
     return keywords
+
+
+def log_nothing(name: str, values):
+    """Stands for the functions with which a reward function writes to the logs of TRL's trainer."""
 
 
 def original_row(row: dict) -> dict:
@@ -1534,7 +1567,7 @@ def check_parameters(function, columns: list[str], spec: str):
     """Ends the program if a reward function has a parameter for which there is no argument."""
     if not takes_keywords(function):
         return
-    given = ["prompts", "completions", "completion_ids", *columns]
+    given = list(reward_keywords([], [], columns))
     for name, parameter in inspect.signature(function).parameters.items():
         is_variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if not is_variable and parameter.default is parameter.empty and name not in given:

@@ -126,10 +126,14 @@ def test_r46_bad_files_are_one_line_with_the_place(tmp_path, capsys, case):
 
 
 @pytest.mark.parametrize(
-    "source", ["/no/such/file.jsonl", "/no/such/file.parquet", "no-such/hub-id", "/no/folder"]
+    "source",
+    ["/no/file.jsonl", "/no/file.csv.gz", "/no/file.parquet", "no-such/hub-id", "/no/folder"],
 )
 def test_r46_missing_data_is_one_line(source, capsys):
-    assert source in one_error_line(capsys, read_rows, source, "train")
+    error = one_error_line(capsys, read_rows, source, "train")
+
+    assert source in error
+    assert "." not in source or f"cannot read {source}: there is no such file" in error
 
 
 # ------------------------------------------------------------- which forms serve which need
@@ -219,6 +223,50 @@ def test_r62_a_missing_column_is_named_with_what_is_needed_and_found(tmp_path, c
 
     assert f"{path}, row 1: the columns {', '.join(['prompt', *columns])} are needed" in error
     assert f"found {', '.join(name for name in row if name != 'chosen')}:" in error
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_r66_rows_without_a_value_are_left_out_and_counted(tmp_path, capsys, suffix):
+    """A row that lacks the column is one that has null there, as in parquet."""
+    rows = [{**PLAIN, "n": 0}, {**PLAIN, "rejected": None}, {"prompt": "p", "chosen": "good"}]
+    path = write_rows(tmp_path / f"rows{suffix}", [*rows, {**PLAIN, "n": 3}])
+
+    read = read_rows(path, "train")
+
+    assert [row["n"] for row in read] == [0, 3]
+    assert [row["id"][:2] for row in read] == ["1-", "4-"]
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"note: left out 2 of 4 rows, as {path}, row 2: the columns prompt, ")
+    assert len(read_rows(path, "train", ["chosen"])) == 4
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_r66_a_conversation_that_was_written_as_a_text_is_no_response(tmp_path, capsys, quote):
+    """As pandas writes it to a .csv file."""
+    text = json.dumps(CONVERSATIONS["chosen"]).replace('"', quote)
+    bad = {**PLAIN, "chosen": text}
+    alone = write_rows(tmp_path / "alone.jsonl", [bad])
+    among = write_rows(tmp_path / "among.jsonl", [bad, PLAIN])
+
+    error = one_error_line(capsys, read_rows, alone, "train")
+    [row] = read_rows(among, "train")
+
+    assert f"{alone}, row 1: chosen is a conversation that was written as a text" in error
+    assert row["chosen"] == "good"
+    assert "left out 1 of 2 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "folder/train.jsonl"])
+def test_r46_files_without_rows_are_named_before_models_load(tmp_path, capsys, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text({".json": "[]", ".csv": "prompt,chosen,rejected\n"}.get(path.suffix, ""))
+    source = str(path.parent if name.startswith("folder") else path)
+
+    error = one_error_line(capsys, read_rows, source, "train")
+
+    assert f"there are no rows in {source} (split train)" in error
 
 
 def test_r62_a_final_turn_may_answer_a_tool(tmp_path):
@@ -438,7 +486,7 @@ def test_r61_shards_are_read_in_order_and_a_bad_row_is_named_with_its_file(tmp_p
         write_jsonl(tmp_path / f"train-{number:05}-of-00003.jsonl", [{**PLAIN, "n": number}] * 2)
 
     rows = read_rows(str(tmp_path), "train")
-    write_jsonl(tmp_path / "train-00001-of-00003.jsonl", [PLAIN, {"prompt": "p"}])
+    write_jsonl(tmp_path / "train-00001-of-00003.jsonl", [PLAIN, {**PLAIN, "prompt": 7}])
     error = one_error_line(capsys, read_rows, str(tmp_path), "train")
 
     assert [row["n"] for row in rows] == [0, 0, 1, 1, 2, 2]

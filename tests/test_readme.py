@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import tyro
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT, SCRIPTS, one_error_line
 
 from common import read_rows
 
@@ -212,20 +212,34 @@ def test_pytest_leaves_out_the_slow_tests_and_the_readme_says_so():
 
 
 # ----------------------------------------------------------------------------------------- the rest
-def test_the_rows_of_the_readme_read_the_same(tmp_path):
-    [block] = fenced(README, "json")
+COLUMNS = {  # what a script reads of a training row, besides the prompt
+    "all": ["chosen", "rejected"],
+    "ADPA, PAD, DPKD": ["chosen"],
+    "PAD, DPKD": [],
+}
+FORMS = re.findall(r"^\| ([^|]+) \| `(\{.+\})` \| ([^|]+) \|$", README, re.M)
+
+
+@pytest.mark.parametrize("form, line, serves", FORMS, ids=[form for form, _, _ in FORMS])
+def test_a_form_of_the_readme_serves_what_it_says_and_nothing_else(
+    form, line, serves, tmp_path, capsys
+):
     path = tmp_path / "row.jsonl"
-    prompts = []
-    pairs = []
-    for line in block.splitlines():
-        path.write_text(line)
-        [row] = read_rows(str(path), "train", ())
-        prompts.append(row["prompt"])
-        if "chosen" in row:
-            [row] = read_rows(str(path), "train")
-            pairs.append((row["chosen"].partition(".")[0], row["rejected"]))
-    assert prompts == [[{"role": "user", "content": "Name two fish."}]] * 6
-    assert pairs == [("cod and carp", "whale.")] * 3
+    path.write_text(line)
+    for columns in COLUMNS.values():
+        if len(columns) <= len(COLUMNS[serves]):
+            [row] = read_rows(str(path), "train", columns)
+            assert row["prompt"] == [{"role": "user", "content": "Name two fish."}]
+            responses = {"chosen": "cod and carp.", "rejected": "whale."}
+            for column in columns:
+                assert row[column] == responses[column]
+        else:
+            error = one_error_line(capsys, read_rows, str(path), "train", columns)
+            assert f"the columns {', '.join(['prompt', *columns])} are needed" in error
+
+
+def test_the_readme_has_all_forms():
+    assert len(FORMS) == 9
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +63,9 @@ CALLS = []  # what the functions below were called with
 
 
 def keep_call(*arguments, **keywords) -> list[float]:
+    for name in ("log_extra", "log_metric"):
+        if name in keywords:
+            keywords.pop(name)("a name", [1.0])  # it can be called, as in TRL
     CALLS.append((arguments, keywords))
     return [0.5, 1.5]
 
@@ -94,6 +98,32 @@ def trl_keywords_alone(**kwargs):
     return keep_call(**kwargs)
 
 
+def trl_every_keyword(prompts, completions, completion_ids, log_extra, log_metric, **kwargs):
+    log_extra("length", [1, 2])
+    log_metric("length", 1.5)
+    keywords = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+    return keep_call(**keywords, **kwargs)
+
+
+class OfTRL:
+    def __call__(self, prompts, completions, **kwargs):
+        return keep_call(prompts=prompts, completions=completions, **kwargs)
+
+
+class OfOurs:
+    def __call__(self, prompts, responses):
+        return keep_call(prompts, responses)
+
+
+trl_instance = OfTRL()
+ours_instance = OfOurs()
+FORMS_OF_TRL = ["trl", "trl_coroutine", "trl_keywords_alone", "trl_every_keyword", "trl_instance"]
+
+
+def trl_state(completions, trainer_state, **kwargs):
+    return keep_call(completions=completions)
+
+
 async def trl_coroutine(prompts, completions, **kwargs):
     return keep_call(prompts=prompts, completions=completions, **kwargs)
 
@@ -119,13 +149,14 @@ def test_r67_a_function_of_two_arguments_gets_chats_and_texts(call):
     texts = ["A coin.", "A thing."]
 
     assert call("ours", TEXT_ROW, CHAT_ROW) == (([QUESTION, QUESTION], texts), {})
+    assert call("ours_instance", TEXT_ROW, CHAT_ROW) == (([QUESTION, QUESTION], texts), {})
     assert call("ours_by_other_names", TEXT_ROW, CHAT_ROW) == (
         ([QUESTION, QUESTION], texts),
         {"strict": True},
     )
 
 
-@pytest.mark.parametrize("name", ["trl", "trl_coroutine", "trl_keywords_alone"])
+@pytest.mark.parametrize("name", FORMS_OF_TRL)
 def test_r67_a_function_of_trl_gets_texts_where_the_prompts_are_texts(name, call):
     arguments, keywords = call(name, TEXT_ROW, {**TEXT_ROW, "id": 9})
 
@@ -139,7 +170,7 @@ def test_r67_a_function_of_trl_gets_texts_where_the_prompts_are_texts(name, call
     }
 
 
-@pytest.mark.parametrize("name", ["trl", "trl_coroutine", "trl_keywords_alone"])
+@pytest.mark.parametrize("name", FORMS_OF_TRL)
 def test_r67_a_function_of_trl_gets_messages_where_the_prompts_are_messages(name, call):
     _, keywords = call(name, CHAT_ROW, CHAT_ROW)
 
@@ -190,7 +221,11 @@ def test_r67_a_function_that_needs_a_column_which_is_not_there_is_refused_at_onc
     error = one_error_line(capsys, load_reward_function, spec, CPU, rows=rows)
 
     assert f"--reward {spec} needs solution=" in error
-    assert "is given prompts, completions, completion_ids, level" in error
+    given = "prompts, completions, completion_ids, log_extra, log_metric, level"
+    assert f"is given {given}" in error
+    spec = "test_rewards:trl_state"
+    error = one_error_line(capsys, load_reward_function, spec, CPU, rows=rows)
+    assert f"--reward {spec} needs trainer_state=, but is given {given}" in error
 
 
 def test_r67_the_playgrounds_reward_is_one_of_trl(tmp_path):
@@ -220,6 +255,30 @@ def test_r67_the_readmes_functions_of_both_conventions_run(tmp_path):
 
     assert long(rows, texts) == [13.0, 8.0]
     assert right(rows, texts) == [1.0, 0.0]
+
+
+def test_r67_the_function_of_dpkds_page_gets_the_chosen_responses(tmp_path, monkeypatch):
+    """With a scorer in place of the package's, which counts whether two texts are equal."""
+
+    class RougeScorer:
+        def __init__(self, kinds, use_stemmer):
+            assert kinds == ["rougeL"]
+
+        def score(self, target, prediction):
+            return {"rougeL": SimpleNamespace(fmeasure=float(target == prediction))}
+
+    package = ModuleType("rouge_score")
+    package.rouge_scorer = ModuleType("rouge_score.rouge_scorer")
+    package.rouge_scorer.RougeScorer = RougeScorer
+    monkeypatch.setitem(sys.modules, "rouge_score", package)
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", package.rouge_scorer)
+    page = (ROOT / "docs" / "dpkd.md").read_text()
+    [code] = re.findall(r"```python\n(import rouge_score.*?)```", page, re.S)
+    spec = file_with(code, tmp_path / "rouge.py")
+    row = {"prompt": "What is it?", "chosen": "A coin.", "rejected": "No."}
+    rows = judged_rows(tmp_path, row, row)
+
+    assert load_reward_function(spec, CPU, rows=rows)(rows, ["A coin.", "No."]) == [1.0, 0.0]
 
 
 # ----------------------------------------------------------------------------- where functions lie
@@ -320,7 +379,12 @@ def test_r68_a_file_that_cannot_be_imported_keeps_its_traceback(code, as_module,
 
 # ------------------------------------------------------------------------------------ what they say
 @pytest.mark.parametrize(
-    "returned", [[1.0], [1.0, math.nan], [1.0, math.inf], [], [None, math.nan]]
+    "returned",
+    [
+        *[[1.0], [1.0, math.nan], [1.0, math.inf], [], [None, math.nan]],
+        *[None, 0.5, ["good", "bad"], [(1.0,), (2.0,)], {"a": 1.0, "b": 2.0}],
+    ],
+    ids=str,
 )
 def test_rewards_that_are_not_one_finite_number_each_are_one_line(returned, capsys, monkeypatch):
     def odd_reward(prompts, responses):
@@ -331,7 +395,22 @@ def test_rewards_that_are_not_one_finite_number_each_are_one_line(returned, caps
 
     error = one_error_line(capsys, reward_fn, [{"prompt": QUESTION}] * 2, ["a", "b"])
 
-    assert f"must return 2 finite numbers; it returned {returned}" in error
+    assert f"must return a list of 2 finite numbers; it returned {returned}" in error
+
+
+def test_r67_an_error_in_a_function_keeps_its_traceback_and_a_class_is_no_function(
+    capsys, monkeypatch
+):
+    def broken(prompts, responses):
+        return float("many")
+
+    monkeypatch.setattr("test_rewards.broken", broken, raising=False)
+    reward_fn = load_reward_function("test_rewards:broken", CPU)
+    with pytest.raises(ValueError, match="many"):
+        reward_fn([{"prompt": QUESTION}], ["a"])
+
+    error = one_error_line(capsys, load_reward_function, "test_rewards:OfTRL", CPU)
+    assert "--reward test_rewards:OfTRL is a class: name a function, or an instance" in error
 
 
 def test_r67_tensors_and_numpy_numbers_are_rewards(monkeypatch):
