@@ -14,8 +14,8 @@ def rows() -> list[tuple[str, str]]:
 
 def test_all_promises_are_listed_with_tests_that_exist():
     numbers = [number for number, _ in rows()]
-    assert numbers[:50] == [f"r{i:02d}" for i in range(1, 51)]
-    assert numbers == sorted(set(numbers))
+    assert numbers == [f"r{i:02d}" for i in range(1, len(numbers) + 1)]
+    assert len(numbers) >= 92
     for number, row in rows():
         names = re.findall(r"`(test_\w+\.py)`: ((?:`\w+`(?:, )?)+)", row)
         assert names, f"{number} names no test"
