@@ -1,5 +1,5 @@
-r"""RM-Distiller: a reward model distilled from a generative teacher (IJCAI-ECAI 2026, arXiv
-2601.14032).
+r"""RM-Distiller: a reward model distilled from a generative teacher (Zhou et al., IJCAI-ECAI 2026,
+arXiv 2601.14032).
 
 A teacher that only says which of two answers is better wastes most of what it knows. Here it gives
 three things. It edits the worse answer y_l to a better one, y_w*, so that the two differ in what

@@ -28,6 +28,7 @@ READ = {
         commit="a95c32f3bd55cad345ef49ce15be4468e993d22e",
         files={
             "README.md": "",
+            "recipes/accelerate_config/deepspeed_zero3.yaml": "",
             f"{ADPA_RECIPES}/student_adpa.yaml": "",
             f"{ADPA_RECIPES}/student_dckd.yaml": "",
             f"{ADPA_RECIPES}/teacher_dpo.yaml": "",
