@@ -100,11 +100,12 @@ WORDS_OF_REPLIES = (
 )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for every word of the world and of the prompts. Any other text becomes bytes."""
+def make_tokenizer(more_words: str = "") -> PreTrainedTokenizerFast:
+    """One token for every word of the world, of the prompts and of a text with more words. Any
+    other text becomes bytes."""
     singular_nouns = [singular for singular, _, _ in CATEGORIES.values()]
     texts = [*ALL_WORDS, *COUNTS, *KIND_WORDS, *PHRASINGS, *CATEGORIES, *singular_nouns]
-    texts += [WORDS_OF_REPLIES, *PROMPTS]
+    texts += [WORDS_OF_REPLIES, *PROMPTS, more_words]
     without_fields = re.sub(r"\{[^}]*\}", "", "\n".join(texts))
     numbers = {str(number) for number in range(1, 11)}
     words = sorted(numbers.union(re.findall(r"[A-Za-z]+", without_fields)))
@@ -129,6 +130,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
     )
+    return with_chat_template(tokenizer)
+
+
+def with_chat_template(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer that knows the special tokens, as transformers takes it."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=CHAT_TEMPLATE,
@@ -150,6 +156,11 @@ def preference(request: Request, rng: random.Random) -> dict | None:
     a = write_as_in_the_data(request, rng)
     b = write_as_in_the_data(request, rng)
     gap = assess(request, a).reward - assess(request, b).reward
+    return noisy_pair(request, a, b, gap, rng)
+
+
+def noisy_pair(request: Request, a: str, b: str, gap: float, rng: random.Random) -> dict | None:
+    """Two answers as a row, from the difference of their rewards. None if they are the same."""
     a_is_chosen = rng.random() <= torch.sigmoid(torch.tensor(gap / NOISE)).item()
     if a == b:
         return None
@@ -158,14 +169,16 @@ def preference(request: Request, rng: random.Random) -> dict | None:
     return {"prompt": request.text, "chosen": b, "rejected": a}
 
 
-def preferences(requests: list[Request], count: int, rng: random.Random) -> list[dict]:
+def preferences(
+    requests: list[Request], count: int, rng: random.Random, draw_pair=preference
+) -> list[dict]:
     """`count` pairs. The numbers of pairs of any two requests differ by one at most."""
     rows = []
     while len(rows) < count:
         for request in rng.sample(requests, len(requests)):
-            row = preference(request, rng)
+            row = draw_pair(request, rng)
             while row is None:
-                row = preference(request, rng)
+                row = draw_pair(request, rng)
             rows.append(row)
     return rows[:count]
 
@@ -372,12 +385,14 @@ def to_tokens(tokenizer, turns: list[Turn]) -> Conversation:
     return Conversation(ids, weights)
 
 
-def draw_batches(tokenizer, task_weights: dict, batch_size: int, rng: random.Random) -> list:
+def draw_batches(
+    tokenizer, requests: list[Request], task_weights: dict, batch_size: int, rng: random.Random
+) -> list:
     """Eight batches of conversations. Those of a batch have similar lengths."""
     tasks = rng.choices(list(task_weights), list(task_weights.values()), k=8 * batch_size)
     conversations = []
     for task in tasks:
-        turns = task(rng.choice(TRAIN_REQUESTS), rng)
+        turns = task(rng.choice(requests), rng)
         conversations.append(to_tokens(tokenizer, turns))
     conversations.sort(key=lambda conversation: len(conversation.ids))
     batches = []
@@ -422,10 +437,13 @@ def train(
     learning_rate: float,
     rng: random.Random,
     name: str,
+    requests: list[Request] = TRAIN_REQUESTS,
+    model: LlamaForCausalLM | None = None,
     batch_size: int = 64,
 ) -> LlamaForCausalLM:
-    """Supervised training from random weights."""
-    model = new_model(tokenizer, shape)
+    """Supervised training of a model, or of one with random weights if there is none."""
+    if model is None:
+        model = new_model(tokenizer, shape)
     optimizer = torch.optim.AdamW(
         model.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
@@ -443,7 +461,7 @@ def train(
     for step in progress:
         if not batches:
             task_weights = weights_of_tasks(curriculum, step, steps)
-            batches = draw_batches(tokenizer, task_weights, batch_size, rng)
+            batches = draw_batches(tokenizer, requests, task_weights, batch_size, rng)
         loss = weighted_loss(model, batches.pop())
         optimizer_step(model, loss, optimizer, scheduler)
         losses.append(loss.item())

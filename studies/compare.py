@@ -60,8 +60,11 @@ class Args:
     """the first seed (tuning must not see the seeds that are reported)"""
     quick: bool = False
     """one seed, and only the runs of the README's table"""
-    output_dir: str = "runs/compare"
-    """where the runs go; finished ones in it are used as they are"""
+    output_dir: str = ""
+    """where the runs go, and finished ones in it are used as they are; if empty, runs/compare, and
+    with --playground runs/compare_<its name>"""
+    playground: str = "playground"
+    """folder whose models and data all runs use, as playground.build --output_dir writes it"""
     at_once: int = 2
     """runs at a time, one CPU core each"""
     only: str = ""
@@ -88,6 +91,14 @@ RELEASED_PAD = "-m studies.released pad --scores {pad}/scores_1.jsonl"
 # Half of the scripts' steps: each of them samples and judges four responses a prompt.
 RLOO = "-m studies.rloo --max_steps 126" + SHORT
 ORACLE = " --eval_reward playground.world:reward"
+# Variants of the playground, which `studies.worlds` makes.
+LENGTHS = "runs/worlds/lengths"
+LONGER = f" --eval_data {LENGTHS}/data/test.jsonl --reward studies.worlds:reward"
+LONGER += " --max_response_tokens 128"
+DPKD_LENGTHS = f"dpkd.py --student {LENGTHS}/student --teacher {LENGTHS}/teacher"
+DPKD_LENGTHS += f" --data {LENGTHS}/data/train.jsonl --max_steps 126{LONGER}"
+STYLED = " --eval_data runs/worlds/styles/data/rm_test.jsonl"
+STYLED_PAIRS = "rm_distiller.py --annotations {styles_rm}/annotations.jsonl --kl_coef 0" + STYLED
 
 
 def best_flags(name: str) -> str:
@@ -137,6 +148,7 @@ RUNS = {
     "dpkd_beta_0.1": "dpkd.py --beta 0.1",
     "dpkd_beta_2": "dpkd.py --beta 2",
     "dpkd_beta_7": "dpkd.py --beta 7",
+    "dpkd_lm": "dpkd.py --lm_data runs/worlds/corpus/corpus.txt",
     "dpkd_released": "-m studies.released dpkd --data {teacher_answers:dpkd}",
     "seqkd": "dckd.py --data {teacher_answers:dpkd} --kl_chosen 0" + TUNED,
     "kd": "dckd.py --data {teacher_answers:dpkd} --kl_chosen 1" + TUNED,
@@ -156,6 +168,15 @@ RUNS = {
         + " --max_steps 252"
         + SHORT
     ),
+    # Answers of 3 to 60 words, in the mean 20 to 30 tokens: sums have a smaller β.
+    "lengths_student": f"-m studies.measure {LENGTHS}/student{LONGER}",
+    "lengths_teacher": f"-m studies.measure {LENGTHS}/teacher{LONGER}",
+    "lengths_normalised_1": DPKD_LENGTHS + " --beta 1",
+    "lengths_normalised_7": DPKD_LENGTHS + " --beta 7",
+    "lengths_normalised_20": DPKD_LENGTHS + " --beta 20",
+    "lengths_summed_0.05": DPKD_LENGTHS + " --no-length_normalize --beta 0.05",
+    "lengths_summed_0.3": DPKD_LENGTHS + " --no-length_normalize --beta 0.3",
+    "lengths_summed_1": DPKD_LENGTHS + " --no-length_normalize --beta 1",
     # The PAD paper.
     "pad": "pad.py",
     "pad_vpd": SCORED + " --loss vpd",
@@ -167,6 +188,9 @@ RUNS = {
     "pad_3_answers": "pad.py --num_answers 3",
     "pad_2_rounds": "pad.py --rounds 2" + SHORT,
     "pad_swapped": "pad.py --swap_order",
+    "pad_other_tokenizer": "pad.py --teacher runs/worlds/tokenizer/teacher" + SHORT,
+    "pad_other_tokenizer_logp": "pad.py --teacher runs/worlds/tokenizer/teacher --alpha 1" + SHORT,
+    "other_teacher": "-m studies.measure runs/worlds/tokenizer/teacher",
     "pad_dpo": "-m studies.baselines --loss dpo --data {best_and_worst:pad}",
     "pad_simpo": "-m studies.baselines --loss simpo --data {best_and_worst:pad}",
     # One prompt in a forward pass, as in the released configuration, and two, as in its log. Then
@@ -182,6 +206,12 @@ RUNS = {
     "rm_bt_refined": ANNOTATED + " --no-margin --kl_coef 0",
     "rm_margin_refined": ANNOTATED + " --kl_coef 0",
     "rm_released": "-m studies.released rm_distiller --annotations {rm}/annotations.jsonl",
+    # Pairs of writers whose style differs, and held-out pairs in which it says something else.
+    "styles_rm": "rm_distiller.py --data runs/worlds/styles/data/train.jsonl" + STYLED,
+    "styles_bt_plain": STYLED_PAIRS + " --no-refine --no-margin",
+    "styles_margin_plain": STYLED_PAIRS + " --no-refine",
+    "styles_bt_refined": STYLED_PAIRS + " --no-margin",
+    "styles_margin_refined": STYLED_PAIRS,
 }
 # What is the best of eight responses worth, if a reward model picks it?
 BEST_OF_8 = "best_of_8_"
@@ -189,6 +219,7 @@ for reward_model in ("rm", "rm_bt_plain", "rm_margin_plain", "rm_bt_refined", "r
     RUNS[BEST_OF_8 + reward_model] = f"-m studies.best_of_n --reward {{{reward_model}}}/model"
 # Reinforcement learning with the oracle and with two reward models, at several prices of KL.
 KL_WEIGHTS = [0.03, 0.1, 0.3, 1]
+LEARNED_FROM = {"the oracle": "oracle", "full method": "rm", "Bradley-Terry, plain labels": "bt"}
 for kl_coef in KL_WEIGHTS:
     price = f" --kl_coef {kl_coef}"
     RUNS[f"rloo_oracle_{kl_coef}"] = RLOO + price
@@ -212,6 +243,55 @@ def with_needs(names: list[str]) -> list[str]:
         if name in wanted:
             wanted.update(needs(RUNS[name]))
     return [name for name in RUNS if name in wanted]
+
+
+def on_playground(command: str, folder: str) -> str:
+    """The command with the models and data of another playground: those that it names, and those
+    that its script takes where it names none."""
+    for flag, path in playground_flags(command).items():
+        if f" --{flag} " not in command:
+            command += f" --{flag} playground/{path}"
+    return re.sub("(?<= )playground/", f"{shlex.quote(folder)}/", command)
+
+
+def playground_flags(command: str) -> dict[str, str]:
+    """The flags of a command's script whose default lies in the playground, with the rest of that
+    path. Example: {"student": "student", "data": "data/train.jsonl"}."""
+    words = shlex.split(command)
+    script = words[0].removesuffix(".py")
+    if script == "-m":
+        script = words[1].replace(".", "/")
+    if script == "studies/released":
+        # It imports torch, which a study of one playground does not need.
+        from studies.released import VARIANTS
+
+        script = VARIANTS[words[2]].script
+    source = (ROOT / f"{script}.py").read_text()
+    return dict(re.findall(r'^    (\w+): str = "playground/(\S+)"$', source, re.M))
+
+
+def check_playground(folder: Path):
+    """Ends the program if something is missing in a playground."""
+    for name in ("student", "teacher", "teacher_ref", "data/test.jsonl", "data/rm_test.jsonl"):
+        if not (folder / name).exists():
+            how = f"python -m playground.build --seed 2 --output_dir {folder}"
+            if name == "data/rm_test.jsonl":
+                how = f"python -m studies.rm_pairs --teacher {folder}/teacher"
+                how += f" --output {folder}/{name}"
+            stop(f"--playground: there is no {folder / name}; make it with {how}")
+
+
+def make_worlds(names: list[str], output_dir: Path):
+    """Makes the variants of the playground that the runs need and that are not there."""
+    needed = set()
+    for name in names:
+        needed.update(re.findall(r"runs/worlds/(\w+)", RUNS[name]))
+    for variant in sorted(needed):
+        if not (ROOT / "runs/worlds" / variant / MEASURED).exists():
+            output_dir.mkdir(parents=True, exist_ok=True)
+            command = f"-m studies.worlds {variant}"
+            print(f"making a variant of the playground: python {command}")
+            run_process(command, output_dir / f"world_{variant}.log")
 
 
 def added_runs(specs: list[str]) -> dict[str, str]:
@@ -673,6 +753,13 @@ CLAIMS = [
         better="pad",
         worse="teacher",
     ),
+    Claim("PAD", "a second round adds", better="pad_2_rounds", worse="pad"),
+    Claim(
+        "PAD",
+        "it also learns from a teacher with another tokenizer (against no training)",
+        better="pad_other_tokenizer",
+        worse="student",
+    ),
     Claim("DPKD", "DPKD beats SeqKD", better="dpkd", worse="seqkd"),
     Claim(
         "DPKD",
@@ -688,11 +775,31 @@ CLAIMS = [
         worse="dpkd_summed",
     ),
     Claim(
+        "DPKD",
+        "… on answers of 3 to 60 words (β 7 with it, β 0.3 without)",
+        better="lengths_normalised_7",
+        worse="lengths_summed_0.3",
+    ),
+    Claim(
         "RM-Distiller",
         "refinement adds (margin loss)",
         better="rm_margin_refined",
         worse="rm_margin_plain",
         key=ACCURACY,
+    ),
+    Claim(
+        "RM-Distiller",
+        "… on pairs of writers of different style",
+        better="styles_margin_refined",
+        worse="styles_margin_plain",
+        key=ACCURACY,
+    ),
+    Claim(
+        "RM-Distiller",
+        "… there, on pairs whose better answer has the poorer writers' style",
+        better="styles_margin_refined",
+        worse="styles_margin_plain",
+        key="accuracy_after/styles exchanged",
     ),
     Claim(
         "RM-Distiller",
@@ -839,6 +946,17 @@ TABLES = {  # the rows of every table of rewards, by page and mark
         "`--beta 7`": "dpkd_beta_7",
         "`--no-length_normalize`": "dpkd_summed",
         "`--refresh_every 0` (frozen y_s)": "dpkd_frozen",
+        "`--lm_data` (writers' conversations)": "dpkd_lm",
+    },
+    ("docs/dpkd.md", "dpkd_lengths"): {
+        "student, untrained": "lengths_student",
+        "DPKD, `--beta 1`": "lengths_normalised_1",
+        "DPKD, `--beta 7`": "lengths_normalised_7",
+        "DPKD, `--beta 20`": "lengths_normalised_20",
+        "`--no-length_normalize --beta 0.05`": "lengths_summed_0.05",
+        "`--no-length_normalize --beta 0.3`": "lengths_summed_0.3",
+        "`--no-length_normalize --beta 1`": "lengths_summed_1",
+        "teacher": "lengths_teacher",
     },
     ("docs/dpkd.md", "dpkd_few"): {"SeqKD": "seqkd_60", "KD": "kd_60", "DPKD": "dpkd_60"},
     ("docs/pad.md", "pad"): {
@@ -853,6 +971,9 @@ TABLES = {  # the rows of every table of rewards, by page and mark
         "`--num_answers 3`": "pad_3_answers",
         "`--rounds 2`": "pad_2_rounds",
         "`--swap_order`": "pad_swapped",
+        "a teacher with another tokenizer": "pad_other_tokenizer",
+        "… `--alpha 1`": "pad_other_tokenizer_logp",
+        "that teacher": "other_teacher",
         "DPO on best against worst": "pad_dpo",
         "SimPO on best against worst": "pad_simpo",
         "teacher": "teacher",
@@ -868,6 +989,15 @@ REWARD_MODELS = {
 }
 PAIR_KINDS = ["easy", "hard", "shifted"]
 PAIR_ACCURACIES = [f"accuracy_after/{kind}" for kind in PAIR_KINDS]
+STYLED_REWARD_MODELS = {
+    "Bradley-Terry, plain labels": "styles_bt_plain",
+    "margin loss, plain labels": "styles_margin_plain",
+    "Bradley-Terry, refined pairs": "styles_bt_refined",
+    "margin loss, refined pairs": "styles_margin_refined",
+    "full method": "styles_rm",
+}
+STYLE_KINDS = ["as in training", "same style", "styles exchanged"]
+NOT_MEASURED = "Not measured with the present settings yet."
 
 
 # ----------------------------------------------------------------------------------- report: tables
@@ -877,11 +1007,15 @@ def report(results: dict, root: Path):
     replace_block(docs / "results.md", "setting", setting(results))
     for (page, mark), rows in TABLES.items():
         replace_block(root / page, mark, reward_table(results, rows))
+    replace_block(docs / "results.md", "rloo", reinforcement_table(results))
     header = ["method", "claim", "does it show here?", "numbers", "difference, 95 % interval"]
     replace_block(docs / "results.md", "claims", claim_table(results, CLAIMS, header))
     header[1:3] = ["the released code", "is it worse here?"]
     replace_block(docs / "results.md", "released", claim_table(results, RELEASED, header))
-    replace_block(docs / "rm_distiller.md", "rm", reward_model_table(results))
+    table = reward_model_table(results, REWARD_MODELS, PAIR_KINDS)
+    replace_block(docs / "rm_distiller.md", "rm", table)
+    table = reward_model_table(results, STYLED_REWARD_MODELS, STYLE_KINDS)
+    replace_block(docs / "rm_distiller.md", "styles", table)
     replace_block(docs / "pad.md", "pad_correlations", score_quality_table(results))
     draw_figures(results, docs)
 
@@ -920,11 +1054,13 @@ def reward_table(results: dict, rows: dict[str, str]) -> str:
             continue
         rate = ""
         seconds = ""
-        if name not in ("student", "teacher"):
+        if not RUNS.get(name, "").startswith("-m studies.measure "):
             seconds = seconds_text(results, name)
             if has_win_rate(results, name):
                 rate = mean_and_error(values(results, name, "win_rate"), digits=2)
         lines.append([label, mean_and_error(values(results, name)), rate, seconds])
+    if not lines:
+        return NOT_MEASURED
     return markdown(["", "oracle reward", "win rate", "seconds"], lines)
 
 
@@ -1004,7 +1140,7 @@ def claim_table(results: dict, claims: list[Claim], header: list[str]) -> str:
         ]
         lines.append(line)
     if not lines:
-        return "Not measured with the present settings yet."
+        return NOT_MEASURED
     count = f"{len(lines)} comparisons, {len(results['adpa']['runs'])} seeds each."
     return f"{markdown(header, lines)}\n\n{count}"
 
@@ -1017,26 +1153,43 @@ def gains(results: dict, name: str, start: str, key: str) -> list[float]:
     return [value - before for value, before in zip(after, values(results, start, key))]
 
 
-def reward_model_table(results: dict) -> str:
+def reward_model_table(results: dict, rows: dict[str, str], kinds: list[str]) -> str:
     """Accuracy of each reward model on all pairs and on each kind, and the oracle's reward of what
     it picks out of eight responses, if that was measured."""
-    header = ["", "accuracy, all pairs", *PAIR_KINDS]
-    has_best_of_8 = any(name.startswith(BEST_OF_8) for name in results)
+    header = ["", "accuracy, all pairs", *kinds]
+    has_best_of_8 = any(BEST_OF_8 + name in results for name in rows.values())
     if has_best_of_8:
         header.append("reward of best of 8")
     lines = []
-    for label, name in REWARD_MODELS.items():
+    for label, name in rows.items():
         if not is_measured(results, name):
             continue
         line = [label]
-        for key in [ACCURACY, *PAIR_ACCURACIES]:
+        for key in [ACCURACY, *[f"accuracy_after/{kind}" for kind in kinds]]:
             line.append(mean_and_error(values(results, name, key)))
         if BEST_OF_8 + name in results:
             line.append(mean_and_error(values(results, BEST_OF_8 + name, "best_of_n_reward")))
         elif has_best_of_8:
             line.append("–")
         lines.append(line)
-    return markdown(header, lines)
+    return markdown(header, lines) if lines else NOT_MEASURED
+
+
+def reinforcement_table(results: dict) -> str:
+    """The oracle's reward after reinforcement learning with a reward and a price of the KL, and the
+    KL that was spent. Above it stands the figure."""
+    lines = []
+    for label, kind in LEARNED_FROM.items():
+        for kl_coef in KL_WEIGHTS:
+            name = f"rloo_{kind}_{kl_coef}"
+            if name in results:
+                spent = mean_and_error(values(results, name, "kl_spent"), digits=2)
+                reward = mean_and_error(values(results, name))
+                lines.append([label, str(kl_coef), spent, reward])
+    if not lines:
+        return NOT_MEASURED
+    table = markdown(["learned from", "κ", "KL spent, nats", "oracle reward"], lines)
+    return f"![reward against KL spent](rloo.svg)\n\n{table}"
 
 
 def score_quality_table(results: dict) -> str:
@@ -1113,7 +1266,7 @@ def draw_figures(results: dict, docs: Path):
         rows = {"sampled anew every 4 steps": "dpkd", "of the untrained student": "dpkd_frozen"}
         draw_curves(axes, results, rows, "eval/logp_student_answers", over="steps")
 
-    if is_measured(results, f"rloo_oracle_{KL_WEIGHTS[0]}"):
+    if any(name.startswith("rloo_") for name in results):
         with figure(
             docs / "rloo.svg",
             title="Reinforcement learning: what the KL buys",
@@ -1225,18 +1378,20 @@ def draw_curves(axes, results: dict, rows: dict[str, str], key: str, over: str):
 
 def draw_kl_spent(axes, results: dict):
     """The oracle's reward against the KL spent, a line for each reward that was learned from, with
-    every seed as a faint dot."""
-    rewards = {"the oracle": "oracle", "full method": "rm", "Bradley-Terry, plain labels": "bt"}
-    for color, (label, kind) in enumerate(rewards.items()):
+    every seed as a faint dot. What was not measured is left out."""
+    for color, (label, kind) in enumerate(LEARNED_FROM.items()):
         x = []
         y = []
         for kl_coef in KL_WEIGHTS:
             name = f"rloo_{kind}_{kl_coef}"
+            if name not in results:
+                continue
             spent = values(results, name, "kl_spent")
             axes.plot(spent, values(results, name), ".", color=f"C{color}", alpha=0.3)
             x.append(statistics.mean(spent))
             y.append(mean_reward(results, name))
-        axes.plot(x, y, "o-", color=f"C{color}", label=label)
+        if x:
+            axes.plot(x, y, "o-", color=f"C{color}", label=label)
     axes.set_xscale("log")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
@@ -1254,6 +1409,10 @@ def check_flags(args: Args):
     """Ends the program before any run if it could not do in the end what the flags ask for."""
     if args.report and (args.quick or args.only or args.add):
         stop("--report takes all runs and no others: leave out --quick, --only and --add")
+    if args.report and args.playground != "playground":
+        stop("--report writes pages of the playground that belongs to them: leave out --playground")
+    if args.playground != "playground":
+        check_playground(Path(args.playground))
     if args.report and importlib.util.find_spec("matplotlib") is None:
         stop("--report draws figures: pip install -r studies/requirements.txt")
     if args.responses < 0:
@@ -1278,11 +1437,17 @@ def main(args: Args):
         stop(f"--only {args.only} matches none of: {', '.join(RUNS)}")
     RUNS.update(added)
     names = with_needs([*names, *added])
+    output_dir = ROOT / (args.output_dir or "runs/compare")
+    if args.playground != "playground":
+        folder = Path(args.playground).resolve()
+        output_dir = ROOT / (args.output_dir or f"runs/compare_{folder.name}")
+        for name in RUNS:
+            RUNS[name] = on_playground(RUNS[name], str(folder))
     if args.responses and "student" in RUNS:
         # Win rates are against the untrained student's responses.
         names = with_needs([*names, "student"])
 
-    output_dir = ROOT / args.output_dir
+    make_worlds(names, output_dir)
     execute_all(names, seeds, output_dir, args.at_once, responses=args.responses)
     results = collect(names, seeds, output_dir)
     if args.report:

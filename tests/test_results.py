@@ -113,6 +113,54 @@ def test_a_row_without_results_is_left_out_and_comes_once_they_are_there(pages, 
     assert f"| {statistics.mean(differences):+.3f} ± " in line
 
 
+def test_reinforcement_learning_is_shown_from_what_is_there(pages, figures):
+    """Two prices for the oracle, one for the full method, none for Bradley-Terry."""
+    more = copy.deepcopy(RESULTS)
+    for name, spent, reward in (
+        ("rloo_oracle_0.1", 2.0, 1.0),
+        ("rloo_oracle_1", 0.5, 0.9),
+        ("rloo_rm_1", 4.0, 0.7),
+    ):
+        run = {"seed": 1, "reward_after": reward, "kl_spent": spent, "seconds": 7.0, "curves": {}}
+        more[name] = {"command": f"python {compare.RUNS[name]}", "runs": [run]}
+    compare.report(more, pages)
+    assert "rloo.svg" in figures.names
+    lines = [call.args for call in figures.axes.plot.call_args_list if "o-" in call.args]
+    assert lines == [([2.0, 0.5], [1.0, 0.9], "o-"), ([4.0], [0.7], "o-")]
+    _, _, rest = (pages / "docs/results.md").read_text().partition("<!-- results:rloo -->\n")
+    assert rest.partition("\n<!-- /results -->")[0].splitlines() == [
+        "![reward against KL spent](rloo.svg)",
+        "",
+        "| learned from | κ | KL spent, nats | oracle reward |",
+        "| --- | --- | --- | --- |",
+        "| the oracle | 0.1 | 2.00 | 1.000 |",
+        "| the oracle | 1 | 0.50 | 0.900 |",
+        "| full method | 1 | 4.00 | 0.700 |",
+    ]
+
+
+def test_reward_models_are_shown_with_their_kinds_and_the_best_of_8_where_it_was_measured():
+    results = {}
+    for name, accuracy in (("rm", 0.8), ("rm_bt_plain", 0.7), ("styles_rm", 0.6)):
+        kinds = compare.STYLE_KINDS if name == "styles_rm" else compare.PAIR_KINDS
+        run = {f"accuracy_after/{kind}": accuracy for kind in kinds}
+        results[name] = {"runs": [{**run, "accuracy_after": accuracy}]}
+    results["best_of_8_rm"] = {"runs": [{"best_of_n_reward": 1.05}]}
+
+    table = compare.reward_model_table(results, compare.REWARD_MODELS, compare.PAIR_KINDS)
+
+    assert table.splitlines() == [
+        "|  | accuracy, all pairs | easy | hard | shifted | reward of best of 8 |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| Bradley-Terry, plain labels | 0.700 | 0.700 | 0.700 | 0.700 | – |",
+        "| full method | 0.800 | 0.800 | 0.800 | 0.800 | 1.050 |",
+    ]
+    rows = compare.STYLED_REWARD_MODELS
+    table = compare.reward_model_table(results, rows, compare.STYLE_KINDS)
+    assert table.endswith("\n| full method | 0.600 | 0.600 | 0.600 | 0.600 |")
+    assert compare.reward_model_table({}, rows, compare.STYLE_KINDS) == compare.NOT_MEASURED
+
+
 def test_a_page_without_the_mark_is_named(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- results:other -->\n<!-- /results -->\n")
@@ -542,6 +590,64 @@ def test_a_fork_runs_beside_the_runs_of_choice_and_a_table_ends_it(tmp_path, mon
     assert [(ROOT / page).read_text() for page in PAGES] == before
 
 
+# ------------------------------------------------------------------ other playgrounds and variants
+def test_every_run_takes_the_models_and_data_of_another_playground():
+    """Those that it names, and those that are defaults of its script."""
+    moved = {name: compare.on_playground(c, "/my folder/two") for name, c in compare.RUNS.items()}
+    assert moved["dckd"] == (
+        "dckd.py --student '/my folder/two'/student --teacher '/my folder/two'/teacher "
+        "--data '/my folder/two'/data/train.jsonl --eval_data '/my folder/two'/data/test.jsonl"
+    )
+    assert moved["student"] == (
+        "-m studies.measure '/my folder/two'/student --eval_data '/my folder/two'/data/test.jsonl"
+    )
+    assert "rm_test.jsonl" in moved["rm"]
+    assert "--teacher_ref none" in moved["adpa_no_reference"]
+    assert moved["adpa_no_reference"].count("--teacher_ref") == 1
+    assert "--student {dckd}/model" in moved["adpa_plus"]
+    # The released code of DPKD runs dckd.py.
+    assert moved["dpkd_released"].count("two'/") == 3
+    for name, command in moved.items():
+        assert not re.search(r"(?<=\s)playground/", command), name
+        assert compare.needs(command) == compare.needs(compare.RUNS[name])
+        if compare.LENGTHS not in command:
+            assert "'/my folder/two'/" in command, name
+
+
+def test_another_playground_is_complete_before_any_run(tmp_path, monkeypatch, capsys):
+    made = make_runs(monkeypatch)
+    args = compare.Args(playground=str(tmp_path), only="^a$")
+    error = one_error_line(capsys, compare.main, args)
+    assert f"there is no {tmp_path}/student; make it with python -m playground.build" in error
+    for name in ("student", "teacher", "teacher_ref", "data"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "data/test.jsonl").touch()
+    error = one_error_line(capsys, compare.main, args)
+    assert f"make it with python -m studies.rm_pairs --teacher {tmp_path}/teacher" in error
+    assert made == []
+
+
+def test_variants_are_made_once_and_only_for_runs_that_need_them(tmp_path, monkeypatch, capsys):
+    commands = []
+    runs = {
+        "a": "dckd.py",
+        "b": "pad.py --teacher runs/worlds/tokenizer/teacher",
+        "c": "pad.py --teacher runs/worlds/tokenizer/teacher --data runs/worlds/styles/x",
+    }
+    monkeypatch.setattr(compare, "RUNS", runs)
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    monkeypatch.setattr(compare, "run_process", lambda command, log: commands.append(command))
+    compare.make_worlds(["a"], tmp_path)
+    assert commands == []
+    compare.make_worlds(["a", "b", "c"], tmp_path)
+    assert commands == ["-m studies.worlds styles", "-m studies.worlds tokenizer"]
+    (tmp_path / "runs/worlds/tokenizer").mkdir(parents=True)
+    (tmp_path / "runs/worlds/tokenizer/measured.json").touch()
+    compare.make_worlds(["b", "c"], tmp_path)
+    assert commands[2:] == ["-m studies.worlds styles"]
+    assert "python -m studies.worlds tokenizer" in capsys.readouterr().out
+
+
 WRONG_FLAGS = {
     "a report of some runs": ({"report": True, "only": "a"}, "--report takes all runs"),
     "a report with a fork": ({"report": True, "add": ["m=adpa.py"]}, "--report takes all runs"),
@@ -554,6 +660,7 @@ WRONG_FLAGS = {
     "an unknown run": ({"add": ["m=adpa.py --student {x}/model"]}, "there is no run x"),
     "a quotation mark": ({"add": ['m=adpa.py --data "a']}, "No closing quotation"),
     "no seed": ({"seeds": 0}, "must be at least 1"),
+    "a report elsewhere": ({"report": True, "playground": "x"}, "leave out --playground"),
 }
 
 
