@@ -150,7 +150,7 @@ def pair_loss(
     they give −log σ(0.9) = 0.341.
     """
     # Margins [B, 1] would broadcast to a table [B, B]. The mean of that, which is the loss of the
-    # paper's code, pulls every pair to the mean margin of its batch.
+    # released distilrm_reward_trainer.py, pulls every pair to the mean margin of its batch.
     shapes = [tuple(better.shape), tuple(worse.shape)]
     if margins is not None:
         shapes.append(tuple(margins.shape))

@@ -193,8 +193,8 @@ RUNS = {
     "other_teacher": "-m studies.measure runs/worlds/tokenizer/teacher",
     "pad_dpo": "-m studies.baselines --loss dpo --data {best_and_worst:pad}",
     "pad_simpo": "-m studies.baselines --loss simpo --data {best_and_worst:pad}",
-    # One prompt in a forward pass, as in the released configuration, and two, as in its log. Then
-    # its α and β, with its divergence and with the JSD.
+    # One prompt in a forward pass, as in the released gemma-2-2b-it-pd.yaml, and two, as in the
+    # run of gemma-log/pad.log. Then that file's α and β, with the released divergence and the JSD.
     "pad_released": RELEASED_PAD,
     "pad_released_2": RELEASED_PAD + " --micro_batch_size 2" + SHORT,
     "pad_released_alpha_0": RELEASED_PAD + " --alpha 0 --beta 10" + SHORT,
@@ -836,7 +836,8 @@ CLAIMS = [
         worse="rloo_bt_0.3",
     ),
 ]
-# What the released code does, which is worse if the method as it stands here is better.
+# What the released code does (its files: studies/released.py), which is worse if the method as it
+# stands here is better.
 RELEASED = [
     Claim(
         "ADPA",

@@ -103,7 +103,8 @@ PAGES = [
     ROOT / "benchmarks" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-SAYS_RELEASED = r"\b([Rr]elease|[Rr]eleased|authors' code|paper's code|[Tt]heir code)\b"
+NO_SOURCE = r"\b(paper's|authors'|[Ii]ts|[Tt]heir) code\b"
+SAYS_RELEASED = rf"\b([Rr]eleased?)\b|{NO_SOURCE}"
 # A path between backticks, as far as it stands in a folder: `dpkd/main.py`.
 PATH = r"`([\w.-]+/[\w./-]+\.(?:py|sh|yaml|json|log|md))`"
 
@@ -186,6 +187,10 @@ def test_help_about_released_code_names_a_file(script):
     for text in about_released:
         for word in re.findall(r"released (\S+)", text):
             assert word.rstrip(":,") in names, text
+    comments = " ".join(re.findall(r"^ *# (.*)", (ROOT / f"{script}.py").read_text(), re.M))
+    for word in re.findall(r"released (\S+)", comments):
+        assert word.rstrip(":,") in names, word
+    assert not re.search(NO_SOURCE, docstring + comments + " ".join(helps))
 
 
 def test_every_formula_of_studies_released_names_its_source():
