@@ -210,10 +210,7 @@ class LM:
         if self.tokenizer.chat_template:
             candidates = [*self.end_of_turn(known), *known]
 
-        eos_ids = []
-        for token in candidates:
-            if token is not None and token not in eos_ids:
-                eos_ids.append(token)
+        eos_ids = [token for token in dict.fromkeys(candidates) if token is not None]
         if not eos_ids:
             stop(f"{self.path} names no end-of-sequence token")
         return eos_ids
