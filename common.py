@@ -127,7 +127,12 @@ class LM:
                 path, trust_remote_code=trust_remote_code
             )
         except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-            stop(f"cannot load a model with tokenizer from {path}: {error}")
+            place = str(path)
+            if not Path(path).exists():
+                place += ", which is no folder here"
+            if (Path(path) / "model" / "config.json").exists():
+                place += f", which is a run with the model {Path(path) / 'model'}"
+            stop(f"cannot load a model with tokenizer from {place}: {error}")
         self.config = self.model.config.get_text_config()
         self.model.requires_grad_(trainable)
         if gradient_checkpointing:
@@ -1039,7 +1044,8 @@ def read_hub(source: str, split: str, config: str) -> list[tuple]:
     try:
         dataset = load_dataset(source, config or None, split=split)
     except (OSError, ValueError, DatasetsError) as error:
-        stop(f"cannot read {source} (split {split}, config {config or 'not named'}): {error}")
+        part = f"split {split}, config {config or 'not named'}"
+        stop(f"{source} is no file or folder, and cannot be read from the hub ({part}): {error}")
     names = columns_without_bytes(dataset.features.arrow_schema)
     return [(source, number, row) for number, row in enumerate(dataset.select_columns(names), 1)]
 
@@ -1063,13 +1069,12 @@ def folder_files(folder: Path, split: str, config: str, kinds: tuple[str, ...]) 
     if split not in files:
         stop(f"cannot read {folder}: it has no split {split}, but {', '.join(map(str, files))}")
     paths = [Path(file) for file in files[split]]
-    others = [path.name for path in paths if file_kind(path) not in kinds]
-    if others and len(others) < len(paths):
-        print(
-            f"note: not read in {folder}: {', '.join(others[:5])} ({len(others)} of {len(paths)})"
-        )
-        paths = [path for path in paths if file_kind(path) in kinds]
-    return paths
+    readable = [path for path in paths if file_kind(path) in kinds]
+    others = [path.name for path in paths if path not in readable]
+    if readable and others:
+        count = f"{len(others)} of {len(paths)}"
+        print(f"note: not read in {folder}: {', '.join(others[:5])} ({count})")
+    return readable or paths
 
 
 def file_kind(path: Path) -> str:
@@ -1136,7 +1141,10 @@ def read_json(data: bytes) -> list:
 def read_csv(data: bytes) -> list[dict]:
     """The records of CSV whose first line names the columns. Every value is a text."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(data.decode(), newline=""), strict=True)
+    text = data.decode()
+    names, _, _ = text.partition("\n")
+    delimiter = max(",;\t", key=names.count)  # some spreadsheets write semicolons or tabs
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     records = []
     try:
         for record in reader:
@@ -1198,7 +1206,7 @@ def read_prompt(record: dict, columns) -> list[dict]:
     if record.get("prompt") is not None:
         prompt = read_turns(record["prompt"], "prompt", role="user")
     for column in [*columns, "chosen"]:
-        if not prompt and isinstance(record.get(column), list):
+        if not prompt and isinstance(record.get(column), list | str):
             prompt, _ = read_response(record, column)
     for column in ("messages", "conversations"):
         if not prompt and record.get(column) is not None:
@@ -1394,6 +1402,8 @@ def load_reward_function(
         stop(f"--reward_label {label} chooses a label of a reward model; --reward {spec} is none")
     if spec == "none":
         return None
+    if spec.endswith(".py"):
+        stop(f"--reward {spec} is a file: name a function in it, as in {spec}:reward")
     best_possible = None
     if is_function:
         function = load_function(spec)
@@ -1507,13 +1517,11 @@ def takes_keywords(function) -> bool:
     """Whether a reward function is called as TRL does it: it has a parameter `completions` or
     `completion_ids`, or cannot be called with two arguments, prompts and responses."""
     signature = inspect.signature(function)
-    if "completions" in signature.parameters or "completion_ids" in signature.parameters:
-        return True
     try:
         signature.bind("prompts", "responses")
     except TypeError:
         return True
-    return False
+    return "completions" in signature.parameters or "completion_ids" in signature.parameters
 
 
 def reward_keywords(rows: list[dict], samples: list[dict], columns: list[str]) -> dict[str, list]:

@@ -353,7 +353,16 @@ def test_a_bug_inside_pack_surfaces_as_what_it_is(checkpoints, monkeypatch):
 
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "no/such-model-on-the-hub"])
 def test_r46_missing_models_are_one_line(path, capsys):
-    assert path in one_error_line(capsys, LM, path, CPU)
+    assert f"from {path}, which is no folder here: " in one_error_line(capsys, LM, path, CPU)
+
+
+def test_r46_the_folder_of_a_run_is_no_model_and_the_error_names_the_model(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+
+    error = one_error_line(capsys, LM, tmp_path, CPU)
+
+    assert f"from {tmp_path}, which is a run with the model {tmp_path / 'model'}: " in error
 
 
 def test_r49_only_safetensors_are_read(tmp_path, tokenizer, capsys):

@@ -133,7 +133,9 @@ def test_r46_missing_data_is_one_line(source, capsys):
     error = one_error_line(capsys, read_rows, source, "train")
 
     assert source in error
-    assert "." not in source or f"cannot read {source}: there is no such file" in error
+    is_file = "." in source
+    assert (f"cannot read {source}: there is no such file" in error) == is_file
+    assert (f"{source} is no file or folder, and cannot be read from the hub" in error) != is_file
 
 
 # ------------------------------------------------------------- which forms serve which need
@@ -244,15 +246,18 @@ def test_r66_rows_without_a_value_are_left_out_and_counted(tmp_path, capsys, suf
 @pytest.mark.parametrize("quote", ["'", '"'])
 def test_r66_a_conversation_that_was_written_as_a_text_is_no_response(tmp_path, capsys, quote):
     """As pandas writes it to a .csv file."""
-    text = json.dumps(CONVERSATIONS["chosen"]).replace('"', quote)
-    bad = {**PLAIN, "chosen": text}
+    bad = {}
+    for column, conversation in CONVERSATIONS.items():
+        bad[column] = json.dumps(conversation).replace('"', quote)
     alone = write_rows(tmp_path / "alone.jsonl", [bad])
+    with_prompt = write_rows(tmp_path / "with_prompt.jsonl", [{**PLAIN, **bad}])
     among = write_rows(tmp_path / "among.jsonl", [bad, PLAIN])
 
-    error = one_error_line(capsys, read_rows, alone, "train")
+    errors = [one_error_line(capsys, read_rows, path, "train") for path in (alone, with_prompt)]
     [row] = read_rows(among, "train")
 
-    assert f"{alone}, row 1: chosen is a conversation that was written as a text" in error
+    for error in errors:
+        assert "row 1: chosen is a conversation that was written as a text" in error
     assert row["chosen"] == "good"
     assert "left out 1 of 2 rows" in capsys.readouterr().out
 
@@ -392,11 +397,12 @@ def as_jsonl() -> bytes:
     return "".join(json.dumps(row) + "\n" for row in LINES).encode()
 
 
-def as_csv(newline="\r\n") -> bytes:
+def as_csv(newline="\r\n", delimiter=",") -> bytes:
     """LINES as Python's own module writes them, with a column that is empty."""
     path = Path("lines.csv")
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*LINES[0], "note"], lineterminator=newline)
+        columns = [*LINES[0], "note"]
+        writer = csv.DictWriter(file, columns, lineterminator=newline, delimiter=delimiter)
         writer.writeheader()
         writer.writerows(LINES)
     return path.read_bytes()
@@ -425,6 +431,8 @@ FILES = {
     "plain.csv": as_csv,
     "unix.CSV": lambda: as_csv("\n"),
     "mark.csv": lambda: WINDOWS + as_csv(),
+    "semicolons.csv": lambda: as_csv(delimiter=";"),
+    "tabs.csv": lambda: WINDOWS + as_csv(delimiter="\t"),
     "packed.csv.gz": lambda: gzip.compress(as_csv()),
     "plain.parquet": as_parquet,
     "LOUD.PARQUET": as_parquet,
@@ -522,7 +530,7 @@ BROKEN = {  # a file that exists, what is in it, and what is said of it
     "long.csv": (b"prompt,chosen\na,b\nc,d,e\n", "line 3: it has more values than"),
     "open.csv": (b'prompt,chosen\na,b\n"c,d\n', "line 3: "),
     "latin.csv": ("prompt\ncafé\n".encode("latin-1"), "cannot read"),
-    "semicolons.csv": (b"prompt;chosen\na;b\n", "are needed, found prompt;chosen: "),
+    "bars.csv": (b"prompt|chosen\na|b\n", "are needed, found prompt|chosen: "),
 }
 
 

@@ -337,6 +337,7 @@ REFUSED = {
     "playground.world:nothing": "world.py has no function nothing",
     "math:pi": "has no function pi",
     "no/such/file.py:reward": "there is no file no/such/file.py",
+    "my/rewards.py": "is a file: name a function in it, as in my/rewards.py:reward",
     "/no/such/model": "/no/such/model",
     # A path of Windows is a path.
     "C:\\no\\such\\model": "cannot load a model with tokenizer from C:\\no\\such\\model",
