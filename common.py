@@ -1184,6 +1184,13 @@ def read_row(record, number: int, columns) -> dict:
     if not isinstance(record, dict):
         raise ValueError("this is not an object with columns")
     prompt = read_prompt(record, columns)
+    found = [name for name in record if record[name] is not None]
+    if not prompt or not set(columns) <= set(found):
+        needed = ", ".join(["prompt", *columns])
+        raise UnusableRow(f"the columns {needed} are needed, found {', '.join(found)}")
+    role = prompt[-1]["role"]
+    if role not in ("user", "tool"):
+        raise ValueError(f"the prompt ends with a turn of the {role}, not of the user or a tool")
     texts = []
     for column in columns:
         turns_before, text = read_response(record, column)
@@ -1200,27 +1207,19 @@ def read_row(record, number: int, columns) -> dict:
 
 
 def read_prompt(record: dict, columns) -> list[dict]:
-    """The prompt of a record as messages. The last of them is one that an assistant answers."""
-    missing = [column for column in columns if record.get(column) is None]
-    prompt = []
+    """The prompt of a record as messages, or [] if nothing says it."""
     if record.get("prompt") is not None:
-        prompt = read_turns(record["prompt"], "prompt", role="user")
+        return read_turns(record["prompt"], "prompt", role="user")
     for column in [*columns, "chosen"]:
-        if not prompt and isinstance(record.get(column), list | str):
-            prompt, _ = read_response(record, column)
+        if isinstance(record.get(column), list | str):
+            turns_before, _ = read_response(record, column)
+            if turns_before:
+                return turns_before
     for column in ("messages", "conversations"):
-        if not prompt and record.get(column) is not None:
-            prompt = read_turns(record[column], column, role="user")
-            if prompt[-1]["role"] == "assistant":
-                prompt = prompt[:-1]
-    if missing or not prompt:
-        needed = ", ".join(["prompt", *columns])
-        found = ", ".join(name for name in record if record[name] is not None)
-        raise UnusableRow(f"the columns {needed} are needed, found {found}")
-    role = prompt[-1]["role"]
-    if role not in ("user", "tool"):
-        raise ValueError(f"the prompt ends with a turn of the {role}, not of the user or a tool")
-    return prompt
+        if record.get(column) is not None:
+            turns = read_turns(record[column], column, role="user")
+            return turns[:-1] if turns[-1]["role"] == "assistant" else turns
+    return []
 
 
 def read_response(record: dict, column: str) -> tuple[list[dict], str]:
@@ -1579,6 +1578,9 @@ def check_parameters(function, columns: list[str], spec: str):
             stop(f"--reward {spec} needs {name}=, but is given {', '.join(given)}")
 
 
+OWN_REWARD = "--reward none, a function of your own (file.py:function) or a reward model"
+
+
 def check_prompts(function, rows: Sequence[dict], spec: str):
     """Ends the program if a reward function says, by a function `can_judge` that it has as an
     attribute, that it cannot judge responses to some prompt."""
@@ -1588,11 +1590,8 @@ def check_prompts(function, rows: Sequence[dict], spec: str):
     refused = [row for row in rows if not can_judge(row["prompt"])]
     if refused:
         text = prompt_text(refused[0]["prompt"])[:100]
-        stop(
-            f"--reward {spec} cannot judge {len(refused)} of {len(rows)} prompts, as "
-            f"{text!r}: pass --reward none, a function of your own (file.py:function) or a reward "
-            "model"
-        )
+        count = f"{len(refused)} of {len(rows)} prompts"
+        stop(f"--reward {spec} cannot judge {count}, as {text!r}: pass {OWN_REWARD}")
 
 
 def check_own_data(args, train_rows: list[dict], eval_rows: list[dict]):
@@ -1613,12 +1612,9 @@ def check_own_data(args, train_rows: list[dict], eval_rows: list[dict]):
     if is_playground(eval_rows) and not is_playground(train_rows):
         advice = "pass --eval_data with prompts of your own"
         if hasattr(args, "reward"):
-            advice += ", and --reward none, a function of your own (file.py:function) or a reward "
-            advice += "model"
-        stop(
-            f"--eval_data {args.eval_data} is the playground's, but the training data is not: "
-            f"{advice}"
-        )
+            advice += f", and {OWN_REWARD}"
+        problem = f"--eval_data {args.eval_data} is the playground's, but the training data is not"
+        stop(f"{problem}: {advice}")
 
 
 def load_reward_model(
