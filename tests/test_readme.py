@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 import tyro
-from conftest import ROOT, SCRIPTS, one_error_line
+from conftest import ROOT, SCRIPTS, one_error_line, write_jsonl
 
-from common import read_rows
+from common import cached_map, read_rows
 
 README = (ROOT / "README.md").read_text()
 PAGES = [
@@ -240,6 +240,27 @@ def test_a_form_of_the_readme_serves_what_it_says_and_nothing_else(
 
 def test_the_readme_has_all_forms():
     assert len(FORMS) == 9
+
+
+def test_answers_of_another_engine_that_adpas_page_writes_are_taken(tmp_path, monkeypatch):
+    """The second row is one that the run dropped."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Name {n} fish.", "chosen": "cod."} for n in ("two", "many", "three")]
+    source = write_jsonl(tmp_path / "mine.jsonl", rows)
+    first, _, last = read_rows(str(source), "train", ["chosen"])
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    inputs = {"rows": {"data": [f"{row['id']} 0123abcd 4567cdef" for row in (first, last)]}}
+    Path("runs/mine/inputs.json").write_text(json.dumps(inputs))
+    answers = {"Name two fish.": "cod.", "Name three fish.": "carp."}
+
+    def answer(prompt: list[dict]) -> dict:
+        return {"text": answers[prompt[-1]["content"]], "finished": True}
+
+    [code] = fenced((ROOT / "docs/adpa.md").read_text(), "python")
+    exec(code, {"answer": answer})
+
+    taken = cached_map(Path("runs/mine/student_answers.jsonl"), [first, last], None, batch_size=2)
+    assert [row["text"] for row in taken] == ["cod.", "carp."]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
