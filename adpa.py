@@ -31,7 +31,8 @@ every step instead of once beforehand. The released code (gaoshiping/ADPA, commi
 in several points, among them a clamp of A to [0, 1] (utils/compress_logits.py): docs/adpa.md lists
 them.
 
-    python adpa.py                     # the toy task: a CPU, less than a minute
+    # the toy task: lists such as "Name two fish."; a CPU, less than a minute
+    python adpa.py
 
     # models and data of the hub, on one GPU of 80 GB
     python adpa.py --student allenai/OLMo-2-0425-1B-SFT \
@@ -61,9 +62,6 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
-
-import torch
-from transformers import get_cosine_schedule_with_warmup
 
 from common import (
     LM,
@@ -103,6 +101,11 @@ from common import (
     stop,
     token_logps,
 )
+
+# isort: split
+# common comes first: with it Ctrl-C ends in one line, also while the slow imports run.
+import torch
+from transformers import get_cosine_schedule_with_warmup
 
 
 # -------------------------------------------------------------------------------------- mathematics

@@ -18,6 +18,25 @@ Letters in shapes:
     T  tokens of a row                 V  vocabulary                       H  hidden size
 """
 
+import os
+import signal
+import sys
+import threading
+
+
+def end_at_once(*_):
+    """Ctrl-C while the imports below run, which takes seconds. A KeyboardInterrupt would be lost in
+    some of them, and leave a library that works in part."""
+    print("interrupted; nothing was written yet", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    and threading.current_thread() is threading.main_thread()
+):
+    signal.signal(signal.SIGINT, end_at_once)
+
 import asyncio
 import codecs
 import csv
@@ -33,13 +52,11 @@ import itertools
 import json
 import lzma
 import math
-import os
 import pickle
 import re
 import shlex
 import shutil
 import statistics
-import sys
 import textwrap
 import time
 from collections import Counter
@@ -60,6 +77,9 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
+if signal.getsignal(signal.SIGINT) is end_at_once:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -181,15 +201,15 @@ class LM:
         for module in self.model.modules():
             module.training = getattr(module, "gradient_checkpointing", False)
 
-    def check_limits(self, largest: int, length: int = 0):
+    def check_limits(self, largest: int, length: int = 0, flag: str = "--max_response_tokens"):
         """Ends the program if the largest token id, or the last of so many positions, lies beyond
         the model's tables, or if so many tokens cannot be read right in a batch. A GPU would say
-        nothing of use."""
+        nothing of use. `flag` is what to lower besides --max_prompt_tokens."""
         if largest >= self.num_embeddings:
             token = f"token {self.tokenizer.convert_ids_to_tokens(largest)} ({largest})"
             advice = "call model.resize_token_embeddings(len(tokenizer)) and train it first"
             stop(f"{self.path}: {token} is beyond its {self.num_embeddings} embeddings; {advice}")
-        advice = "lower --max_prompt_tokens or --max_response_tokens"
+        advice = f"lower --max_prompt_tokens or {flag}"
         if length > self.num_positions:
             stop(f"{self.path} has {self.num_positions} positions, not {length}; {advice}")
         if length > self.longest_row:
@@ -1184,13 +1204,6 @@ def read_row(record, number: int, columns) -> dict:
     if not isinstance(record, dict):
         raise ValueError("this is not an object with columns")
     prompt = read_prompt(record, columns)
-    found = [name for name in record if record[name] is not None]
-    if not prompt or not set(columns) <= set(found):
-        needed = ", ".join(["prompt", *columns])
-        raise UnusableRow(f"the columns {needed} are needed, found {', '.join(found)}")
-    role = prompt[-1]["role"]
-    if role not in ("user", "tool"):
-        raise ValueError(f"the prompt ends with a turn of the {role}, not of the user or a tool")
     texts = []
     for column in columns:
         turns_before, text = read_response(record, column)
@@ -1207,19 +1220,27 @@ def read_row(record, number: int, columns) -> dict:
 
 
 def read_prompt(record: dict, columns) -> list[dict]:
-    """The prompt of a record as messages, or [] if nothing says it."""
+    """The prompt of a record as messages. The last of them is one that an assistant answers."""
+    missing = [column for column in columns if record.get(column) is None]
+    prompt = []
     if record.get("prompt") is not None:
-        return read_turns(record["prompt"], "prompt", role="user")
+        prompt = read_turns(record["prompt"], "prompt", role="user")
     for column in [*columns, "chosen"]:
-        if isinstance(record.get(column), list | str):
-            turns_before, _ = read_response(record, column)
-            if turns_before:
-                return turns_before
+        if not prompt and isinstance(record.get(column), list | str):
+            prompt, _ = read_response(record, column)
     for column in ("messages", "conversations"):
-        if record.get(column) is not None:
-            turns = read_turns(record[column], column, role="user")
-            return turns[:-1] if turns[-1]["role"] == "assistant" else turns
-    return []
+        if not prompt and record.get(column) is not None:
+            prompt = read_turns(record[column], column, role="user")
+            if prompt[-1]["role"] == "assistant":
+                prompt = prompt[:-1]
+    if missing or not prompt:
+        needed = ", ".join(["prompt", *columns])
+        found = ", ".join(name for name in record if record[name] is not None)
+        raise UnusableRow(f"the columns {needed} are needed, found {found}")
+    role = prompt[-1]["role"]
+    if role not in ("user", "tool"):
+        raise ValueError(f"the prompt ends with a turn of the {role}, not of the user or a tool")
+    return prompt
 
 
 def read_response(record: dict, column: str) -> tuple[list[dict], str]:
@@ -1578,9 +1599,6 @@ def check_parameters(function, columns: list[str], spec: str):
             stop(f"--reward {spec} needs {name}=, but is given {', '.join(given)}")
 
 
-OWN_REWARD = "--reward none, a function of your own (file.py:function) or a reward model"
-
-
 def check_prompts(function, rows: Sequence[dict], spec: str):
     """Ends the program if a reward function says, by a function `can_judge` that it has as an
     attribute, that it cannot judge responses to some prompt."""
@@ -1590,8 +1608,11 @@ def check_prompts(function, rows: Sequence[dict], spec: str):
     refused = [row for row in rows if not can_judge(row["prompt"])]
     if refused:
         text = prompt_text(refused[0]["prompt"])[:100]
-        count = f"{len(refused)} of {len(rows)} prompts"
-        stop(f"--reward {spec} cannot judge {count}, as {text!r}: pass {OWN_REWARD}")
+        stop(
+            f"--reward {spec} cannot judge {len(refused)} of {len(rows)} prompts, as "
+            f"{text!r}: pass --reward none, a function of your own (file.py:function) or a reward "
+            "model"
+        )
 
 
 def check_own_data(args, train_rows: list[dict], eval_rows: list[dict]):
@@ -1612,9 +1633,12 @@ def check_own_data(args, train_rows: list[dict], eval_rows: list[dict]):
     if is_playground(eval_rows) and not is_playground(train_rows):
         advice = "pass --eval_data with prompts of your own"
         if hasattr(args, "reward"):
-            advice += f", and {OWN_REWARD}"
-        problem = f"--eval_data {args.eval_data} is the playground's, but the training data is not"
-        stop(f"{problem}: {advice}")
+            advice += ", and --reward none, a function of your own (file.py:function) or a reward "
+            advice += "model"
+        stop(
+            f"--eval_data {args.eval_data} is the playground's, but the training data is not: "
+            f"{advice}"
+        )
 
 
 def load_reward_model(
@@ -1689,8 +1713,9 @@ AT_LEAST_0 += ["max_grad_norm", "eval_temperature"]
 def parse_flags(Args: type, description: str, words: list[str] | None = None):
     """An object of the class Args, from the words of the command line.
 
-    `--help` shows the description, and the flags in a group for each class that Args inherits. A
-    flag may be spelled with underscores or with hyphens. A mistake ends the program with code 2.
+    `--help` shows the description, and the flags in a group for each class that Args inherits, or
+    in one group. A flag may be spelled with underscores or with hyphens. A mistake ends the program
+    with code 2.
     """
     print_any_character()
     words = sys.argv[1:] if words is None else words
@@ -1698,16 +1723,26 @@ def parse_flags(Args: type, description: str, words: list[str] | None = None):
         # tyro would join the lines of its formulas and commands.
         print(wrap(description) + "\n")
     groups = []
-    for group in reversed(Args.__bases__):
-        title = " ".join(re.findall("[A-Z][a-z]*", group.__name__)).lower()
+    classes = list(reversed(Args.__bases__))
+    if classes == [object]:
+        classes = [Args]
+    for group in classes:
+        title = ""  # of a program with few flags
+        if group is not Args:
+            title = " ".join(re.findall("[A-Z][a-z]*", group.__name__)).lower()
         kind = Annotated[with_help(group), tyro.conf.arg(name=title)]
         groups.append((group.__name__, kind))
-    grouped = tyro.cli(
-        tyro.conf.OmitArgPrefixes[make_dataclass("Flags", groups)],
-        args=words,
-        description="",
-        use_underscores=True,
-    )
+    module = sys.modules["__main__"].__spec__  # of `python -m studies.rloo`
+    try:
+        grouped = tyro.cli(
+            tyro.conf.OmitArgPrefixes[make_dataclass("Flags", groups)],
+            args=words,
+            prog=f"python -m {module.name}" if module else None,
+            description="",
+            use_underscores=True,
+        )
+    except KeyboardInterrupt:
+        end_interrupted("nothing was written yet")
     values = {}
     for group in vars(grouped).values():
         values |= vars(group)
@@ -1724,7 +1759,8 @@ def with_help(group: type) -> type:
     for flag in fields(group):
         hint = "" if flag.default == "" else None
         about = tyro.conf.arg(help=helps[flag.name], help_behavior_hint=hint)
-        flags.append((flag.name, Annotated[flag.type, about], field(default=flag.default)))
+        default = field(default=flag.default, default_factory=flag.default_factory)
+        flags.append((flag.name, Annotated[flag.type, about], default))
     return make_dataclass(group.__name__, flags)
 
 
@@ -1752,8 +1788,7 @@ def exit_in_one_line(args):
     try:
         yield
     except KeyboardInterrupt:
-        tqdm.write(f"interrupted; {how_to_go_on(args)}", file=sys.stderr)
-        raise SystemExit(130) from None
+        end_interrupted(how_to_go_on(args))
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
@@ -1761,6 +1796,11 @@ def exit_in_one_line(args):
     finally:
         if args.output_dir or args.resume:
             leave_folder(Path(args.resume or args.output_dir), is_new=not args.resume)
+
+
+def end_interrupted(advice: str):
+    tqdm.write(f"interrupted; {advice}", file=sys.stderr)
+    raise SystemExit(130) from None
 
 
 def how_to_go_on(args) -> str:
@@ -2369,7 +2409,8 @@ def print_start(run_dir: Path, device: torch.device, *, data: str, eval_data: st
     name = device.type
     if device.type == "cuda":
         name = f"{device} ({torch.cuda.get_device_name(device)})"
-    print_fact("run folder", f"{run_dir} (--resume {run_dir} goes on if it is interrupted)")
+    print_fact("run folder", run_dir)
+    print_fact("if interrupted", f"go on with --resume {run_dir}")
     print_fact("device", name)
     print_fact("training data", data)
     print_fact("held-out data", eval_data)
@@ -2440,15 +2481,18 @@ def print_rewards(evaluations: dict[str, list[dict]], best_possible: float | Non
     if "reward" not in before[0]:
         return
     prompts = {prompt_text(row["prompt"]) for row in before}
-    responses = f"mean over {len(before)} responses to {len(prompts)} different prompts"
+    responses = f"{len(before)} responses to {len(prompts)} different prompts"
+    rows = itertools.chain.from_iterable(evaluations.values())
+    if any(row["reward"] is None for row in rows):
+        responses = f"those that have one, of {responses}"
     print()
-    print_fact("", f"  reward   {responses}")
+    print_fact("", f"  reward   mean over {responses}")
     for name, rows in evaluations.items():
         line = f"{mean_reward(rows):8.3f}"
-        if name == "now":
-            wins = find_wins(before, rows)
-            better = f"{wins.count(1.0) / len(rows):.0%} of the prompts"
-            line += f"   better than before on {better}, worse on {wins.count(0.0) / len(rows):.0%}"
+        wins = find_wins(before, rows) if name == "now" else []
+        if wins:
+            better = f"{wins.count(1.0) / len(wins):.0%} of prompts"
+            line += f"   better than before on {better}, worse on {wins.count(0.0) / len(wins):.0%}"
         print_fact(name, line)
     if best_possible is not None:
         print_fact("best possible", f"{best_possible:8.3f}")
@@ -2456,9 +2500,15 @@ def print_rewards(evaluations: dict[str, list[dict]], best_possible: float | Non
 
 def print_end(run_dir: Path, args, seconds: float, *, is_reward_model: bool = False):
     """How long a run took, where it is, and commands that use it."""
+    summary = json.loads((run_dir / "summary.json").read_text())
+    all_stages = sum(summary["stage_seconds"].values())
+    took = duration(seconds)
+    if all_stages > seconds:
+        took += f" since --resume; stages took {duration(all_stages)} in all"
     print()
-    print_fact("time", duration(seconds))
-    print_fact("run folder", f"{run_dir}, with the model in {run_dir / 'model'}")
+    print_fact("time", took)
+    print_fact("run folder", run_dir)
+    print_fact("model", run_dir / "model")
     # Modules of this project are found in its folder alone.
     root = Path(__file__).parent.resolve()
     enter = ""

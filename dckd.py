@@ -17,7 +17,8 @@ step. The released code (gaoshiping/ADPA, commit a95c32f) distils its 50 likelie
 for all others (utils/precompute_logits.py; here `--top_k 50`), and never the end-of-turn token:
 docs/dckd.md lists all departures.
 
-    python dckd.py                     # the toy task: a CPU, less than a minute
+    # the toy task: lists such as "Name two fish."; a CPU, less than a minute
+    python dckd.py
 
     # models and data of the hub, on one GPU of 80 GB
     python dckd.py --student allenai/OLMo-2-0425-1B-SFT \
@@ -46,9 +47,6 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
-
-import torch
-from transformers import get_cosine_schedule_with_warmup
 
 from common import (
     LM,
@@ -88,6 +86,11 @@ from common import (
     token_logps,
     weighted,
 )
+
+# isort: split
+# common comes first: with it Ctrl-C ends in one line, also while the slow imports run.
+import torch
+from transformers import get_cosine_schedule_with_warmup
 
 
 # -------------------------------------------------------------------------------------- mathematics

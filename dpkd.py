@@ -25,7 +25,8 @@ prompts of some steps at a time; (3) evaluation. Simplified: one GPU, and the te
 step. The released code (microsoft/LMOps, commit 4f2a9de, dpkd/main.py) samples nothing in training:
 docs/dpkd.md lists all departures.
 
-    python dpkd.py                     # the toy task: a CPU, less than a minute
+    # the toy task: lists such as "Name two fish."; a CPU, less than a minute
+    python dpkd.py
 
     # models and data of the hub, on one GPU of 80 GB
     python dpkd.py --student allenai/OLMo-2-0425-1B-SFT \
@@ -55,11 +56,6 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
-
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
-from transformers import get_cosine_schedule_with_warmup
 
 from common import (
     FILE_KINDS,
@@ -103,6 +99,13 @@ from common import (
     token_logps,
     weighted,
 )
+
+# isort: split
+# common comes first: with it Ctrl-C ends in one line, also while the slow imports run.
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import get_cosine_schedule_with_warmup
 
 
 # -------------------------------------------------------------------------------------- mathematics

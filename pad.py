@@ -34,7 +34,8 @@ so its tokenizer need not be the student's. Simplified: one GPU. The released co
 commit 89f2a91, scripts/simpo_trainer.py) computes another divergence: docs/pad.md lists all
 departures.
 
-    python pad.py                      # the toy task: a CPU, less than a minute
+    # the toy task: lists such as "Name two fish."; a CPU, less than a minute
+    python pad.py
 
     # models and data of the hub, on one GPU of 80 GB
     python pad.py --student google/gemma-2-2b-it \
@@ -68,9 +69,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
-import torch
-from transformers import get_cosine_schedule_with_warmup
-
 from common import (
     LM,
     Bar,
@@ -92,6 +90,7 @@ from common import (
     parse_flags,
     per_token,
     print_end,
+    print_fact,
     print_models,
     print_plan,
     print_rewards,
@@ -109,6 +108,11 @@ from common import (
     stop,
     token_logps,
 )
+
+# isort: split
+# common comes first: with it Ctrl-C ends in one line, also while the slow imports run.
+import torch
+from transformers import get_cosine_schedule_with_warmup
 
 
 # -------------------------------------------------------------------------------------- mathematics
@@ -463,6 +467,14 @@ def judge_question(row: dict, a: int, b: int, args: Args) -> list[dict]:
     return [{"role": "user", "content": question}]
 
 
+def check_length_of_questions(prompts: list[Example], teacher: LM, args: Args):
+    """Ends the program before any work if the teacher has too few positions for a question about
+    the longest prompt with two answers of --max_response_tokens."""
+    longest = max(prompts, key=lambda example: len(example.prompt_ids))
+    question = judge_question({**longest.row, "answers": [{"text": ""}, {"text": ""}]}, 0, 1, args)
+    teacher.check_limits(0, len(teacher.prompt_ids(question)) + 2 * args.max_response_tokens)
+
+
 def ask_teacher(
     rows: list[dict], pairs: list[tuple[int, int]], teacher: LM, args: Args
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -591,21 +603,16 @@ def make_round(
     if args.alpha < 1:
         charts = judge_charts(scored)
     charts["charts/judge_kept"] = len(kept) / len(rows)
-    judge = "not asked"
-    if args.alpha < 1:
-        mass = charts["charts/judge_mass"]
-        judge = f"p(A) + p(B) {mass}, p(A) {charts['charts/judge_p_a']}"
-    print(
-        f"round {number}: {n} answers differ for {len(scored)} of {len(rows)} prompts, "
-        f"{len(kept)} kept; judge: {judge}"
-    )
+    different = f"{len(scored)} of {len(rows)} prompts have {n} different answers"
+    print_fact(f"round {number}", f"{different}; {len(kept)} kept")
+    print_fact("judge", what_the_judge_says(charts))
     if not kept:
         stop(why_the_filter_keeps_nothing(scored, teacher, args))
     # `encode_rows` reads columns of a row, so every answer gets one. It drops rows with an answer
     # that is too long.
     columns = [f"answer {i}" for i in range(n)]
     kept = [{**row, **dict(zip(columns, row["answers"]))} for row in kept]
-    examples = encode_rows(student, kept, columns, args, f"examples of round {number}", encoded)
+    examples = encode_rows(student, kept, columns, args, f"examples, round {number}", encoded)
     return examples, charts
 
 
@@ -626,9 +633,6 @@ def why_no_prompt_has_answers(rows: list[dict], n: int, args: Args) -> str:
 
 def why_the_filter_keeps_nothing(rows: list[dict], teacher: LM, args: Args) -> str:
     """What to say where the judge lets no answer win: the mass on A and B, and what it replies."""
-    charts = judge_charts(rows)
-    mass = charts["charts/judge_mass"]
-    share_of_a = charts["charts/judge_p_a"] / max(mass, 1e-9)
     said = ""
     scores = f"--scores {args.scores}"
     if not args.scores:
@@ -644,10 +648,21 @@ def why_the_filter_keeps_nothing(rows: list[dict], teacher: LM, args: Args) -> s
         scores = f"--scores {args.output_dir}/scores_1.jsonl"
     return (
         f"no prompt is left: in none of {len(rows)} does an answer win more than half of its "
-        f"questions and another one not; p(A) + p(B) is {mass:.2f} on average, of which A has "
-        f"{share_of_a:.0%}{said}; take a larger --teacher, or --alpha 1, which asks no judge and "
-        f"goes on with {scores} (and where one letter has almost all, --swap_order)"
+        f"questions and another one not; {what_the_judge_says(judge_charts(rows))}{said}; take a "
+        f"larger --teacher, or --alpha 1, which asks no judge and goes on with {scores} (and where "
+        "one letter has almost all, --swap_order)"
     )
+
+
+def what_the_judge_says(charts: dict[str, float]) -> str:
+    """What `judge_charts` measured, in words."""
+    if "charts/judge_mass" not in charts:
+        return "not asked"
+    mass = charts["charts/judge_mass"]
+    if math.isnan(mass):
+        return "its p(A) and p(B) are not known"
+    share_of_a = charts["charts/judge_p_a"] / max(mass, 1e-9)
+    return f"p(A) + p(B) is {mass:.2f} on average, of which A has {share_of_a:.0%}"
 
 
 def short(text: str) -> str:
@@ -758,6 +773,8 @@ def main(args: Args):
     train_rows = [example.row for example in prompts]
     eval_rows = [example.row for example in held_out[: args.eval_prompts]]
     source = "scores" if args.scores else "data"
+    if args.alpha < 1:
+        check_length_of_questions(prompts, teacher, args)
     print_plan(args, prompts, len(eval_rows))
     begin_run(run_dir, args, [student, teacher], **{source: prompts}, eval_data=held_out)
 

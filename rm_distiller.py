@@ -27,7 +27,8 @@ The released code (Joe-Hall-Lee/RM-Distiller, commit 0436fb0) pulls every margin
 forward pass in one of its two trainers, distilrm_reward_trainer.py: docs/rm_distiller.md lists all
 departures.
 
-    python rm_distiller.py             # the toy task: a CPU, about two minutes
+    # the toy task: lists such as "Name two fish."; a CPU, about two minutes
+    python rm_distiller.py
 
     # models and data of the hub, on one GPU of 141 GB
     python rm_distiller.py --student Qwen/Qwen2.5-3B-Instruct \
@@ -61,12 +62,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
-
-import torch
-from transformers import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    get_cosine_schedule_with_warmup,
-)
 
 from common import (
     LM,
@@ -105,6 +100,14 @@ from common import (
     stop,
     token_logps,
     weighted,
+)
+
+# isort: split
+# common comes first: with it Ctrl-C ends in one line, also while the slow imports run.
+import torch
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    get_cosine_schedule_with_warmup,
 )
 
 # ------------------------------------------------------------------- what the teacher is asked
@@ -724,6 +727,28 @@ def score_edits(rows: list[dict], teacher: LM, args: Args) -> list[dict]:
     return [{"score_refined": score} for score in scores]
 
 
+def check_length_of_questions(pairs: list[Example], teacher: LM, args: Args):
+    """Ends the program before any work if the teacher has too few positions for what stages 2 to 4
+    ask about the longest pair, with y_T and the replies as long as they may be."""
+
+    def tokens_of(pair: Example) -> int:
+        return len(pair.prompt_ids) + sum(len(ids) for ids in pair.response_ids)
+
+    row = max(pairs, key=tokens_of).row
+    prompt = prompt_text(row["prompt"])
+    question = SCORE_PROMPT.format(prompt=prompt, a=row["chosen"], b=row["rejected"])
+    score_tokens = args.max_response_tokens if args.score == "text" else 0
+    teacher.check_limits(0, len(teacher.prompt_ids([score_turn(question, args)])) + score_tokens)
+    if not args.refine:
+        return
+    worse = max(row["chosen"], row["rejected"], key=len)
+    edit_question = refine_question({**row, "teacher": {"text": ""}, "rejected": worse})
+    reply = {"role": "assistant", "content": "Edited:"}
+    chat = [edit_question, reply, score_turn(RESCORE_PROMPT.format(score=10), args)]
+    length = len(teacher.prompt_ids(chat)) + args.max_response_tokens + args.max_edit_tokens
+    teacher.check_limits(0, length + score_tokens, "--max_edit_tokens")
+
+
 def annotate(
     rows: list[dict], teacher: LM, run_dir: Path, args: Args, dropped: Counter
 ) -> list[dict]:
@@ -827,10 +852,19 @@ ADVICE = {
 }
 
 
+# Why a row is dropped, as it is printed.
+REASONS = {
+    "unreadable": "a reply cannot be read",
+    "tie": "both answers have the same score",
+    "equal": "the edit changes nothing",
+    "below the margin": "the gain in score is too small",
+}
+
+
 def stop_without_pairs(problem: str, dropped: Counter, advice: str):
     """Ends the program where no pair is left to learn from: what happened, how many rows were
     dropped for which reason, and what to do."""
-    counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
+    counts = ", ".join(f"{count}: {REASONS[reason]}" for reason, count in dropped.items() if count)
     stop(f"no pair is left to learn from: {problem} (rows dropped: {counts}); {advice}")
 
 
@@ -899,9 +933,9 @@ def add_margins(rows: list[dict], args: Args, dropped: Counter) -> list[dict]:
 def print_annotations(rows: list[dict], better: str, dropped: Counter, count: int = 3):
     """How many rows were dropped and kept, and the two responses of some pairs."""
     print("\npairs after the teacher's annotation")
-    print(f"{len(rows) + dropped.total():>8}  rows in")
+    print(f"{len(rows) + dropped.total():>8}  annotated")
     for reason, number in dropped.items():
-        print(f"{number:>8}  {reason}")
+        print(f"{number:>8}  dropped: {REASONS[reason]}")
     print(f"{len(rows):>8}  kept")
     worse_name, better_name = ("worse", "better") if better == "chosen" else ("before", "edited")
     for row in rows[:count]:
@@ -941,7 +975,7 @@ def print_accuracy(before: dict[str, list[float]], after: dict[str, list[float]]
     """The share of held-out pairs that r orders right: a line for all, and for each subset."""
     print("\nshare of held-out pairs whose better response has the higher reward")
     width = max(18, max(len(name) for name in after))
-    print(f"{'':<{width}}{'pairs':>8}{'before':>9}{'now':>9}")
+    print(f"{'':<{width}}{'pairs':>8}{'before':>9}{'now':>9} ± standard error")
     for name, values in after.items():
         mean, error, count = mean_error_count(values)
         numbers = f"{statistics.mean(before[name]):>9.3f}{mean:>9.3f} ± {error:.3f}"
@@ -976,6 +1010,7 @@ def main(args: Args):
     else:
         columns = ["chosen", "rejected"]
         pairs = encode_rows(student, rows, columns, args, "training pairs", encoded)
+        check_length_of_questions(pairs, teacher, args)
         rows = [example.row for example in pairs]
         sources = {"data": pairs}
     held_out = encode_rows(student, eval_rows, ["chosen", "rejected"], args, "held-out pairs")

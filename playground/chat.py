@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from common import LM, choose_device, parse_flags, stop
+
+# isort: split
+# common comes first: with it Ctrl-C ends in one line, also while the slow imports run.
 import torch
 import transformers
 import tyro
-
-from common import LM, choose_device, stop
 
 PLAYGROUND = Path(__file__).parent
 
@@ -40,7 +42,7 @@ class Args:
     seed: int = 1
     """of sampling: the same seed and the same questions give the same responses"""
     device: str = ""
-    """cpu, cuda, cuda:1, ... (a GPU where there is one, if empty)"""
+    """cpu, cuda, cuda:1, ...; if empty, a GPU where there is one"""
     trust_remote_code: bool = False
     """run code that comes with a hub model"""
 
@@ -173,4 +175,4 @@ if __name__ == "__main__":
     # Bytes that are no text, and characters that a terminal lacks, do not end a chat.
     sys.stdin.reconfigure(errors="replace")
     sys.stdout.reconfigure(errors="replace")
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_flags(Args, __doc__))

@@ -61,10 +61,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
-from transformers import get_cosine_schedule_with_warmup
-
 from common import (
     LM,
     Bar,
@@ -102,6 +98,12 @@ from common import (
     stop,
     token_logps,
 )
+
+# isort: split
+# common comes first: with it Ctrl-C ends in one line, also while the slow imports run.
+import torch
+import torch.nn.functional as F
+from transformers import get_cosine_schedule_with_warmup
 
 
 # -------------------------------------------------------------------------------------- mathematics

@@ -192,7 +192,8 @@ def summarise(rows: list[dict], n: int) -> dict:
 
 def print_curve(results: dict, samples: int):
     """A line for every size."""
-    print(f"\n--eval_reward of one of n responses, from {samples} to {results['prompts']} prompts")
+    prompts = results["prompts"]
+    print(f"\n--eval_reward of one of n responses: {samples} samples to each of {prompts} prompts")
     print(f"{'n':>6}{'KL at most':>12}{'picked by --reward':>22}{'by --eval_reward':>18}")
     for point in results["curve"]:
         picked = f"{point['picked']:.3f} ± {point['stderr_over_prompts']:.3f}"
@@ -207,7 +208,8 @@ def main(args: Args):
 
     # -------------------------------------------------------------------- models, rewards and data
     device = choose_device(args.device)
-    print_fact("run folder", f"{run_dir} (--resume {run_dir} goes on if it is interrupted)")
+    print_fact("run folder", run_dir)
+    print_fact("if interrupted", f"go on with --resume {run_dir}")
     rows = read_rows(args.eval_data, args.eval_split, columns=(), config=args.eval_config)
     rows = different_prompts(rows)
     eval_reward_fn = load_reward_function(

@@ -44,8 +44,8 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from tqdm import tqdm
 
+from common import Bar, parse_flags
 from playground import world
 from studies.table import aligned, markdown, stop
 
@@ -496,8 +496,8 @@ def execute_in_turn(waiting: list[tuple], at_once: int, make_one, after_each=Non
     waiting = list(waiting)
     running = {}  # the run of every future
     finished = set()
-    progress = tqdm(total=len(waiting), desc="runs", smoothing=0.05)
-    with progress, ThreadPoolExecutor(at_once) as pool:
+    bar = Bar("finished", total=len(waiting), unit="runs")
+    with bar, ThreadPoolExecutor(at_once) as pool:
         while waiting or running:
             ready = first_ready(waiting, finished)
             while ready is not None and len(running) < at_once:
@@ -510,7 +510,7 @@ def execute_in_turn(waiting: list[tuple], at_once: int, make_one, after_each=Non
             for future in done:
                 future.result()  # raises what ended a run that failed
                 finished.add(running.pop(future))
-                progress.update()
+                bar.advance(1)
             if after_each is not None:
                 after_each()
 
@@ -1456,14 +1456,17 @@ def main(args: Args):
         (ROOT / "docs/results.json").write_text(text + "\n")
         report(results, ROOT)
     print(result_table(results))
-    folders = [os.path.relpath(run_folder(output_dir, name, seeds[0])) for name in names[:3]]
-    print(f"flags and stages side by side: python -m studies.table {shlex.join(folders)}")
+    folders = [run_folder(output_dir, name, seeds[0]) for name in names]
+    # What is only measured, because nothing is trained, is no run.
+    folders = [os.path.relpath(run) for run in folders if (run / "args.json").exists()]
+    if folders:
+        print(f"flags and stages side by side: python -m studies.table {shlex.join(folders[:3])}")
     if not args.report:
         print("README.md and docs/ are left as they are; --report makes them anew")
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_flags(Args, __doc__)
     try:
         main(args)
     except KeyboardInterrupt:

@@ -29,6 +29,7 @@ from common import (
     choose_device,
     load_reward_function,
     model_digests,
+    parse_flags,
     read_rows,
     stop,
     write_json,
@@ -158,7 +159,7 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_flags(Args, __doc__)
     try:
         main(args)
     except KeyboardInterrupt:

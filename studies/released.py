@@ -21,11 +21,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from common import exit_in_one_line, parse_flags, stop
+
+# isort: split
+# common comes first: with it Ctrl-C ends in one line, also while the slow imports run.
 import torch
 import torch.nn.functional as F
 
 import pad
-from common import exit_in_one_line, parse_flags, stop
 
 
 # -------------------------------------------------------------------------------------- mathematics

@@ -64,9 +64,13 @@ class Run:
     rewards: dict[str, float] = field(default_factory=dict)  # of the trained student, by row id
 
 
+def is_run(folder: Path) -> bool:
+    return (folder / "args.json").exists()
+
+
 def read_run(folder: Path) -> Run:
     """The run in a folder. The program ends if there is none."""
-    if not (folder / "args.json").exists():
+    if not is_run(folder):
         stop(f"{folder} is no run folder: it has no args.json")
     flags = read_json(folder / "args.json")
     metrics = read_jsonl(folder / "metrics.jsonl")
@@ -86,7 +90,7 @@ def read_run(folder: Path) -> Run:
     run = Run(folder, script, f"finished, step {step}", flags)
     add_rewards(run, ["before", "after", "teacher"])
     for row in read_jsonl(folder / "eval_after.jsonl"):
-        if "reward" in row:
+        if row.get("reward") is not None:
             run.rewards[row["id"]] = row["reward"]
     if "win_rate" in summary:
         run.results["win rate"] = Measured(summary["win_rate"], summary.get("win_rate_stderr"))
@@ -128,10 +132,11 @@ def script_of_name(folder: Path) -> str:
 
 
 def add_rewards(run: Run, names: list[str]):
-    """The mean rewards of evaluations. A run with --reward none has none."""
+    """The mean rewards of evaluations. A run with --reward none has none, and a reward function
+    may leave out some responses."""
     for name in names:
         rows = read_jsonl(run.folder / f"eval_{name}.jsonl")
-        rewards = [row["reward"] for row in rows if "reward" in row]
+        rewards = [row["reward"] for row in rows if row.get("reward") is not None]
         if rewards:
             run.results[f"reward {name}"] = mean_and_error(rewards)
 
@@ -180,17 +185,15 @@ def mean_and_error(values: list[float]) -> Measured:
 
 
 def wins(ours: dict[str, float], theirs: dict[str, float]) -> Measured | None:
-    """The mean over prompts of 1 for a higher reward than theirs, ½ for an equal one, 0 for a lower
-    one, if both have rewards of the same prompts."""
-    if not ours or ours.keys() != theirs.keys():
-        return None
+    """The mean over the prompts that have both rewards: 1 for a higher reward than theirs, ½ for an
+    equal one, 0 for a lower one. None if there is no such prompt."""
     points = []
-    for row_id, reward in ours.items():
-        if reward == theirs[row_id]:
+    for row_id in ours.keys() & theirs.keys():
+        if ours[row_id] == theirs[row_id]:
             points.append(0.5)
         else:
-            points.append(float(reward > theirs[row_id]))
-    return mean_and_error(points)
+            points.append(float(ours[row_id] > theirs[row_id]))
+    return mean_and_error(points) if points else None
 
 
 # ---------------------------------------------------------------------------------------- the table
@@ -379,11 +382,22 @@ def main(args: Args):
         stop("name at least one run folder")
     if args.output:
         check_output(args.output)
-    runs = [read_run(Path(folder)) for folder in args.runs]
+    folders = [Path(folder) for folder in args.runs]
+    # Among runs/* may be other folders, such as runs/compare.
+    others = [folder for folder in folders if folder.is_dir() and not is_run(folder)]
+    folders = [folder for folder in folders if folder not in others]
+    if not folders:
+        stop(f"{others[0]} is no run folder: it has no args.json")
+    runs = [read_run(folder) for folder in folders]
     rows = table_rows(runs)
     print_table(runs, rows, width=shutil.get_terminal_size((100, 24)).columns)
+    if any(row.group == "results" for row in rows):
+        print("± is a standard error over prompts, and a tie counts ½ of a win. The win rate is")
+        print("against the student that a run began with.")
     for line in notes(runs):
         print(f"note: {line}")
+    for folder in others:
+        print(f"note: {folder} is no run folder and is left out: it has no args.json")
     if args.output:
         write = write_csv if args.output.endswith(".csv") else write_markdown
         try:
@@ -393,4 +407,10 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    name = "python -m studies.table"
+    args = tyro.cli(Args, prog=name, description=__doc__, use_underscores=True)
+    try:
+        main(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on, as in `python -m studies.table runs/* | head`
+        sys.stderr.close()

@@ -1,4 +1,5 @@
-"""Variants of the playground, for claims that need what it does not have.
+"""Variants of the playground, for claims that need what it does not have: `python -m
+studies.worlds`.
 
     lengths    half of the requests ask for a sentence about every word, so that answers have 3 to
                60 words: for the length normalisation of DPKD. A student and a teacher of their own

@@ -206,6 +206,22 @@ def test_ctrl_c_ends_with_one_line_and_the_resumed_run_completes(stage, tmp_path
         assert len(read_jsonl(run / f"{name}.jsonl")) == 64
 
 
+@pytest.mark.parametrize(
+    "words", [[f"{script}.py"] for script in SCRIPTS] + [["-m", "studies.rloo"]], ids=" ".join
+)
+def test_ctrl_c_while_torch_is_imported_is_one_line(words, tmp_path, ctrl_c_is_heard):
+    """Python finds this torch before the real one. Like the real one it swallows exceptions."""
+    (tmp_path / "torch.py").write_text(
+        "import contextlib, os, signal\n"
+        "with contextlib.suppress(BaseException):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    process = start_python(*words, PYTHONPATH=str(tmp_path))
+    out, err = process.communicate(timeout=60)
+    assert (out, err) == ("", "interrupted; nothing was written yet\n")
+    assert process.returncode == 130
+
+
 SLOW_IMPORT = """
 import time
 from pathlib import Path

@@ -705,9 +705,11 @@ def test_the_filter_and_what_is_said_of_the_judge(checkpoints, pairs, feed, caps
     out = capsys.readouterr().out
     count = round(8 * share)
     assert code == 0
-    judge = "not asked" if alpha == 1 else "p(A) + p(B) 0.5833, p(A) 0.25"
-    assert f"{count} kept; judge: {judge}\n" in out
-    assert f"{count} of {count} rows" in out
+    # p(A) is 0.25 on average and p(B) 1/3, so A has 3/7 of both.
+    judge = "not asked" if alpha == 1 else "p(A) + p(B) is 0.58 on average, of which A has 43%"
+    assert f"round 1           8 of 8 prompts have 3 different answers; {count} kept\n" in out
+    assert f"judge             {judge}\n" in out
+    assert f"examples, round 1 {count} of {count} rows\n" in out
     [row] = training_rows(run)
     assert row["charts/judge_kept"] == share
     if alpha == 1:
@@ -876,7 +878,7 @@ def test_r88_a_filter_that_keeps_nothing_says_what_the_judge_did_and_what_helps(
     folder, code = feed({"samples_1.jsonl": samples, "scores_1.jsonl": scores}, alpha=0.5)
     captured = capsys.readouterr()
     assert code == 2
-    assert "3 answers differ for 8 of 8 prompts, 0 kept" in captured.out
+    assert "8 of 8 prompts have 3 different answers; 0 kept" in captured.out
     error = error_line(captured.err)
     assert "in none of 8" in error
     assert "p(A) + p(B) is 0.58 on average, of which A has 43%" in error

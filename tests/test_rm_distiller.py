@@ -795,8 +795,8 @@ def test_scores_from_text_are_numbers_the_teacher_wrote(tmp_path, capsys):
         for row in read_jsonl(run / f"{column}.jsonl"):
             assert row[column] == read_scores(row[f"{column}_reply"], names)[0]
     # Whole numbers tie. Expected scores do not.
-    assert counts["tie"] >= 1
-    assert counts.pop("rows in") == 24
+    assert counts["dropped: both answers have the same score"] >= 1
+    assert counts.pop("annotated") == 24
     assert sum(counts.values()) == 24
 
 
@@ -1026,11 +1026,11 @@ def test_what_is_dropped_is_counted_and_stages_may_come_from_elsewhere(
     out = capsys.readouterr().out
     assert code == 0
     assert table_of(out) == {
-        "rows in": 8,
-        "unreadable": 3,
-        "tie": 1,
-        "equal": 1,
-        "below the margin": 1,
+        "annotated": 8,
+        "dropped: a reply cannot be read": 3,
+        "dropped: both answers have the same score": 1,
+        "dropped: the edit changes nothing": 1,
+        "dropped: the gain in score is too small": 1,
         "kept": 2,
     }
     kept = {row["id"]: row for row in read_jsonl(folder / "annotations.jsonl")}
@@ -1089,16 +1089,24 @@ def stages_until(column: str, rows: list[dict], **last) -> dict[str, list[dict]]
 
 # The first stage that leaves nothing, what its file holds, and the words of the error.
 NOTHING_LEFT = {
-    "empty answers": ("teacher", {"teacher": sample("")}, ["8 unreadable", "another --teacher"]),
+    "empty answers": (
+        "teacher",
+        {"teacher": sample("")},
+        ["8: a reply cannot be read", "another --teacher"],
+    ),
     "no score": (
         "score_chosen",
         {"score_chosen": 0, "score_chosen_reply": "I like both."},
-        ["none of 8 replies in", "'I like both.'", "8 unreadable", "--score expected"],
+        ["none of 8 replies in", "'I like both.'", "8: a reply cannot be read", "--score expected"],
     ),
     "equal scores": (
         "score_rejected",
         {"score_rejected": 7},
-        ["both answers alike, the first ones 7", "8 tie", "a larger --teacher"],
+        [
+            "both answers alike, the first ones 7",
+            "8: both answers have the same",
+            "a larger --teacher",
+        ],
     ),
     "no edit": (
         "refined",
@@ -1108,12 +1116,16 @@ NOTHING_LEFT = {
     "no score of an edit": (
         "score_refined",
         {"score_refined": 0, "score_refined_reply": "fine"},
-        ["'fine'", "8 unreadable", "--score expected"],
+        ["'fine'", "8: a reply cannot be read", "--score expected"],
     ),
     "no gain": (
         "score_refined",
         {"score_refined": 3.5},
-        ["more than 1 higher", "the highest gain of 8 is 0.50", "8 below the margin"],
+        [
+            "more than 1 higher",
+            "the highest gain of 8 is 0.50",
+            "8: the gain in score is too small",
+        ],
     ),
 }
 
@@ -1137,7 +1149,7 @@ def test_r91_edits_that_change_nothing_say_so(pairs, rows_of_pairs, feed, capsys
     _, code = feed(files)
     error = capsys.readouterr().err.splitlines()[-1]
     assert code == 2
-    for word in ["no edit changes anything", "8 equal", "--no-refine"]:
+    for word in ["no edit changes anything", "8: the edit changes nothing", "--no-refine"]:
         assert word in error
 
 

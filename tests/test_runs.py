@@ -563,6 +563,28 @@ def test_r77_too_few_positions_are_one_line_before_anything_is_sampled(
     assert not (tmp_path / "run").exists()
 
 
+ASKED = {  # flags of a script, and the one to lower where the teacher's questions are too long
+    "rm_distiller": ({"max_edit_tokens": 400}, "--max_edit_tokens"),
+    "pad": ({"alpha": 0.5, "max_response_tokens": 200}, "--max_response_tokens"),
+}
+
+
+@pytest.mark.parametrize("script", ASKED)
+def test_r77_a_teacher_with_too_few_positions_for_its_questions_is_one_line_as_early(
+    script, tiny_flags, tokenizer, tmp_path, capsys
+):
+    """Its positions are enough for every prompt with a response."""
+    teacher = gpt2(tmp_path / "gpt2", tokenizer, positions=450)
+    own, flag = ASKED[script]
+    flags = {**tiny_flags, "teacher": teacher, **own, "output_dir": tmp_path / "run"}
+
+    assert run_script(script, **flags) == 2
+
+    error = capsys.readouterr().err
+    assert re.search(rf"error: {teacher} has 450 .*; lower --max_prompt_tokens or {flag}\n", error)
+    assert not (tmp_path / "run").exists()
+
+
 def test_r77_a_run_may_use_all_positions(tiny_flags, tokenizer, tmp_path, load):
     lm = load(gpt2(tmp_path / "probe", tokenizer))
     rows = common.read_rows(str(tiny_flags["data"]), "train")

@@ -9,6 +9,8 @@ import json
 import math
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -318,6 +320,41 @@ def test_runs_without_rewards_unfinished_runs_and_reward_models_are_shown_as_suc
     assert texts(cells["results", "reward of the best of n"]) == ["–", "–", "0.900"]
     assert ("results", "beats the first run") not in cells
     assert texts(cells["seconds", "in all"]) == ["1.5", "2.0", "1.5"]
+
+
+def test_responses_without_a_reward_are_left_out(tmp_path):
+    """Of the prompts with both rewards, the second run wins one and ties one."""
+    rewards = {"before": [None, 1.0, 0.0, 0.5], "after": [2.0, 1.0, 0.0, None]}
+    one = write_run(tmp_path / "one", {}, rewards, seconds=1.0)
+    other = write_run(tmp_path / "other", {}, {"after": [3.0, 1.0, None, 0.0]}, seconds=1.0)
+    cells = table_of(one, other)
+    # The standard error of 0, ½, 1 is √(1/6) / √3, and that of 0, 1, 2 is √(2/3) / √3.
+    assert texts(cells["results", "reward before"]) == ["0.500 ± 0.236", "–"]
+    assert texts(cells["results", "reward after"]) == ["1.000 ± 0.471", "1.333 ± 0.720"]
+    assert texts(cells["results", "beats the first run"]) == ["–", "0.750 ± 0.177"]
+
+
+def test_other_folders_beside_runs_are_left_out_with_a_note(tmp_path, capsys):
+    """As runs/* has them, once runs/compare is there."""
+    run = write_run(tmp_path / "run", {"seed": 1}, REWARDS, seconds=1.0)
+    other = tmp_path / "compare"
+    other.mkdir()
+    table.main(table.Args([str(other), str(run)]))
+    out = capsys.readouterr().out
+    assert f"note: {other} is no run folder and is left out" in out
+    assert "1.000 ± 0.000" in out
+    for missing in ([str(other)], [str(run), str(tmp_path / "typo")]):
+        error = one_error_line(capsys, table.main, table.Args(missing))
+        assert f"{missing[-1]} is no run folder" in error
+
+
+def test_a_table_that_is_cut_by_head_ends_without_a_word(tmp_path):
+    for number in range(300):
+        write_run(tmp_path / f"run{number}", {"seed": number}, {}, seconds=1.0)
+    command = f"{sys.executable} -m studies.table {tmp_path}/run* | head -1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
 
 
 def test_what_a_run_took_from_another_one_is_said(tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import json
 import os
 import re
 import subprocess
@@ -50,7 +51,7 @@ def help_of(script: str, **environment) -> str:
 
 def flags_in(text: str) -> list[str]:
     """The flags that stand at the beginning of a line of a panel, in order."""
-    return re.findall(r"^│ --(\w+)", text, re.M)
+    return re.findall(r"^[│ ] --(\w+)", text, re.M)
 
 
 @every_script
@@ -75,6 +76,21 @@ def test_r51_help_can_be_read_where_there_is_no_utf_8():
     text = help_of("adpa", PYTHONIOENCODING="ascii")
     assert text.isascii()
     assert r"\u03b3, weight of the advantage term" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("module", ["playground.chat", "studies.compare", "studies.measure"])
+def test_r51_the_other_programs_spell_flags_the_same_way(module, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    module = importlib.import_module(module)
+    with pytest.raises(SystemExit) as stopped:
+        parse_flags(module.Args, module.__doc__, ["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    names = [flag.name for flag in dataclasses.fields(module.Args)]
+    assert [name for name in names if name in flags_in(text)] == flags_in(text)
+    assert len(flags_in(text)) >= len(names) - 1  # one may be an argument without a name
+    assert not re.search(r"--\w+-\w", text.replace("--no-", ""))
+    assert "(default: '')" not in text
 
 
 @every_script
@@ -202,7 +218,8 @@ def test_r53_a_run_says_what_it_is_before_any_work(script, run_tiny, own_flags, 
     first_stage = re.search(r"^(eval_before|training): ", text, re.M).start()
     start = text[:first_stage]
     facts = facts_of(start)
-    assert start.splitlines()[0].startswith(f"run folder        {run} (--resume {run} ")
+    assert start.splitlines()[0] == f"run folder        {run}"
+    assert facts["if interrupted"] == f"go on with --resume {run}"
     assert facts["device"] == "cpu"
     assert parameters_of(checkpoints["teacher"]) in facts["teacher"]
     assert facts["teacher"].endswith("float32, frozen")
@@ -240,12 +257,39 @@ def test_r53_the_table_at_the_end_shows_what_the_run_has_written(run_tiny, check
     assert float(facts["teacher"]) == pytest.approx(sum(rewards["teacher"]) / 8, abs=6e-4)
     now, words = facts["now"].split(maxsplit=1)
     assert float(now) == pytest.approx(sum(rewards["after"]) / 8, abs=6e-4)
-    assert words == f"better than before on {better:.0%} of the prompts, worse on {worse:.0%}"
+    assert words == f"better than before on {better:.0%} of prompts, worse on {worse:.0%}"
     assert "best possible" not in facts  # conftest.vowels does not say it
     # The responses stand above it, under a header.
     samples = text[text.index("\nresponses to held-out prompts, each behind its reward\n") :]
     first = read_jsonl(run / "eval_after.jsonl")[0]
     assert f"    now     {first['reward']:6.2f}   {common.one_line(first['text'])}\n" in samples
+
+
+def evaluation(rewards: list) -> list[dict]:
+    """Rows of an evaluation with these rewards, each to a prompt of its own."""
+    rows = []
+    for number, reward in enumerate(rewards):
+        chat = [{"role": "user", "content": f"prompt {number}"}]
+        rows.append({"prompt": chat, "text": "x", "reward": reward})
+    return rows
+
+
+def test_r53_a_prompt_without_both_rewards_is_in_no_share(capsys):
+    """Of the four prompts, two have both rewards: one rises and one falls."""
+    before = evaluation([1.0, None, 1.0, 1.0])
+    now = evaluation([2.0, 5.0, None, 0.0])
+    common.print_rewards({"before": before, "now": now}, best_possible=None)
+    text = capsys.readouterr().out
+    facts = facts_of(text)
+    assert "mean over those that have one, of 4 responses to 4 different prompts" in text
+    assert facts["before"].strip() == "1.000"
+    assert facts["now"].strip() == "2.333   better than before on 50% of prompts, worse on 50%"
+
+
+def test_r53_a_table_fits_a_terminal_of_80_columns(capsys):
+    rows = evaluation([-1.0] * 999)
+    common.print_rewards({"before": rows, "now": evaluation([1.0] * 999)}, best_possible=1.2)
+    assert max(len(line) for line in capsys.readouterr().out.splitlines()) <= 80
 
 
 def test_r53_the_best_possible_reward_is_shown_where_the_function_says_it():
@@ -266,6 +310,17 @@ def test_r53_one_prompt_is_shown_once_and_long_texts_are_cut(capsys):
     shown = [line.strip() for line in text.splitlines() if re.fullmatch(r"  \w+", line)]
     assert shown == ["one", "two", "three", "four"]
     assert max(len(line) for line in text.splitlines()) < 350
+
+
+@pytest.mark.parametrize(
+    "stage_seconds, expected",
+    [(19, "20 s"), (65, "20 s since --resume; stages took 1 min 5 s in all")],
+)
+def test_r53_a_resumed_run_says_what_it_took_before(stage_seconds, expected, tmp_path, capsys):
+    summary = {"stage_seconds": {"eval_before": stage_seconds - 15, "training": 15}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    common.print_end(tmp_path, adpa.Args(), seconds=20)
+    assert facts_of(capsys.readouterr().out)["time"] == expected
 
 
 def commands_at_the_end(text: str) -> dict[str, str]:
