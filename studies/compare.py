@@ -10,6 +10,9 @@ is judged on 4,096 sampled responses to all different held-out requests (`studie
 the 256 of a run are too few to tell methods apart. At the end there is a table: means over seeds ±
 standard errors.
 
+Some runs need variants of the playground, which are made first (`studies.worlds`). With
+`--playground FOLDER` all runs take the models and data of another build of it.
+
 With `--report` docs/results.json gets every run's command, seed, summary and curves. From that file
 alone come the tables (with paired tests) between the `<!-- results:… -->` marks of README.md and
 docs/*.md, and the figures in docs/. The figures need matplotlib:

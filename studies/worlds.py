@@ -9,8 +9,8 @@ studies.worlds`.
                in which style says nothing, or the opposite: for the refinement of RM-Distiller.
                Student and teacher are the playground's
     tokenizer  a teacher whose tokenizer has two tokens for every word of a category: for PAD with a
-               teacher of another tokenizer. It is trained on from the playground's teacher, in half
-               of --teacher_steps. The student is the playground's
+               teacher of another tokenizer. It is trained on from the playground's teacher. The
+               student is the playground's
 
     python -m studies.worlds lengths      # runs/worlds/lengths
     python dpkd.py --student runs/worlds/lengths/student --teacher runs/worlds/lengths/teacher \\
@@ -56,12 +56,21 @@ class Args:
     """where data/ and the models go; if empty, runs/worlds/<variant>"""
     student_steps: int = 2000
     """optimiser steps of a student"""
-    teacher_steps: int = 2000
+    teacher_steps: int = 1000
     """optimiser steps of a teacher"""
     train_pairs: int = 2000
     """rows of data/train.jsonl"""
     test_pairs: int = 512
     """rows of data/test.jsonl"""
+
+
+# Between the student's and the playground's teacher. It need not judge, only answer.
+SMALL_TEACHER = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
 
 
 # ------------------------------------------------------------------------------------------- corpus
@@ -199,10 +208,10 @@ def make_lengths(folder: Path, args: Args, rng: random.Random) -> dict:
     build.save(student, tokenizer, folder / "student", torch.float32)
     teacher = build.train(
         tokenizer,
-        shape=build.TEACHER,
+        shape=SMALL_TEACHER,
         curriculum=[(1.0, {answering_well: 1})],
         steps=args.teacher_steps,
-        learning_rate=1.5e-3,
+        learning_rate=3e-3,
         rng=rng,
         name="teacher",
         requests=train_requests,
@@ -347,7 +356,7 @@ def make_another_tokenizer(folder: Path, args: Args, rng: random.Random) -> dict
         tokenizer,
         shape=build.TEACHER,
         curriculum=[(1.0, TASKS)],
-        steps=args.teacher_steps // 2,
+        steps=args.teacher_steps,
         learning_rate=1e-3,
         rng=rng,
         name="teacher",

@@ -19,6 +19,7 @@ from conftest import ROOT, one_error_line, write_jsonl
 
 from playground import world
 from studies import compare
+from studies.released import VARIANTS
 
 RESULTS = json.loads((ROOT / "docs" / "results.json").read_text())
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -276,8 +277,13 @@ def test_a_run_waits_for_what_it_needs_and_everything_is_known():
         for needed in compare.needs(command):
             assert order.index(needed) < order.index(name)
         script = re.match(r"(?:-m )?([\w.]+)", command)[1].removesuffix(".py")
-        assert (ROOT / f"{script.replace('.', '/')}.py").exists()
+        if script == "studies.released":
+            script = VARIANTS[command.split()[2]].script
+        source = (ROOT / f"{script.replace('.', '/')}.py").read_text()
+        for flag in re.findall(r"--(?:no-)?(\w+)", command):
+            assert f"    {flag}: " in source, (name, flag)
     used = set(compare.README_RUNS) | set(compare.REWARD_MODELS.values())
+    used.update(compare.STYLED_REWARD_MODELS.values())
     for rows in compare.TABLES.values():
         used.update(rows.values())
     for claim in compare.CLAIMS + compare.RELEASED:

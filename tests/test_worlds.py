@@ -198,10 +198,17 @@ def test_a_half_of_a_word_begins_as_the_word():
     def row(model, tokenizer, piece: str) -> torch.Tensor:
         return model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(piece)]
 
-    sources = {"▁Name": "▁Name", "▁elep": "▁elephant", "hant": "▁elephant", "▁bat": "▁bat"}
-    for piece, source in sources.items():
-        expected = row(teacher.model, teacher.tokenizer, source)
-        assert torch.equal(row(model, tokenizer, piece), expected), piece
+    sources = {
+        "▁Name": ["▁Name"],
+        "▁elep": ["▁elephant"],
+        "hant": ["▁elephant"],
+        "▁cob": ["▁cobalt", "▁cobra"],
+        "▁bat": ["▁bat"],
+    }
+    for piece, words in sources.items():
+        rows = [row(teacher.model, teacher.tokenizer, word) for word in words]
+        expected = torch.stack(rows).mean(0)
+        torch.testing.assert_close(row(model, tokenizer, piece), expected)
     # A text without split words means to the model what it meant to the teacher.
     text = "Please name two fish. bat. Enjoy!"
     logits = []
