@@ -1011,7 +1011,7 @@ def report(results: dict, root: Path):
     replace_block(docs / "results.md", "setting", setting(results))
     for (page, mark), rows in TABLES.items():
         replace_block(root / page, mark, reward_table(results, rows))
-    replace_block(docs / "results.md", "rloo", reinforcement_table(results))
+    replace_block(docs / "results.md", "rloo_table", reinforcement_table(results))
     header = ["method", "claim", "does it show here?", "numbers", "difference, 95 % interval"]
     replace_block(docs / "results.md", "claims", claim_table(results, CLAIMS, header))
     header[1:3] = ["the released code", "is it worse here?"]
@@ -1021,7 +1021,7 @@ def report(results: dict, root: Path):
     table = reward_model_table(results, STYLED_REWARD_MODELS, STYLE_KINDS)
     replace_block(docs / "rm_distiller.md", "styles", table)
     replace_block(docs / "pad.md", "pad_correlations", score_quality_table(results))
-    draw_figures(results, docs)
+    draw_figures(results, root)
 
 
 def replace_block(path: Path, mark: str, text: str):
@@ -1181,7 +1181,7 @@ def reward_model_table(results: dict, rows: dict[str, str], kinds: list[str]) ->
 
 def reinforcement_table(results: dict) -> str:
     """The oracle's reward after reinforcement learning with a reward and a price of the KL, and the
-    KL that was spent. Above it stands the figure."""
+    KL that was spent. Where nothing was measured, the block of the figure says so."""
     lines = []
     for label, kind in LEARNED_FROM.items():
         for kl_coef in KL_WEIGHTS:
@@ -1191,9 +1191,8 @@ def reinforcement_table(results: dict) -> str:
                 reward = mean_and_error(values(results, name))
                 lines.append([label, str(kl_coef), spent, reward])
     if not lines:
-        return NOT_MEASURED
-    table = markdown(["learned from", "κ", "KL spent, nats", "oracle reward"], lines)
-    return f"![reward against KL spent](rloo.svg)\n\n{table}"
+        return ""
+    return markdown(["learned from", "κ", "KL spent, nats", "oracle reward"], lines)
 
 
 def score_quality_table(results: dict) -> str:
@@ -1225,95 +1224,79 @@ def score_quality_table(results: dict) -> str:
 
 
 # ---------------------------------------------------------------------------------- report: figures
-def draw_figures(results: dict, docs: Path):
-    """One message each."""
-    reward = "oracle reward of sampled answers"
+# Grey text, blue and orange have a contrast of 3.2 to 5 on white and on GitHub's dark pages, and
+# are different for readers who are colour-blind. The background is transparent.
+GREY = "#787d85"
+BLUE = "#2f7fe6"
+ORANGE = "#d0691f"
+COLORS = [BLUE, ORANGE, GREY]
+REWARD = "oracle reward of sampled responses"
+STEP = "optimiser step"
+BEST_POSSIBLE = world.reward.best_possible
+# What the picture of the README shows, in two groups.
+FIVE = {"DCKD": "dckd", "DPKD": "dpkd", "PAD": "pad", "ADPA": "adpa", "ADPA+": "adpa_plus"}
+BASELINES = {
+    "DPO on the student": "dpo_student",
+    "SFT": "sft",
+    "vanilla distillation": "vanilla_kd",
+    "KD on the data": "kd_data",
+    "DPO on PAD's samples": "pad_dpo",
+    "reverse KL, on-policy": "reverse_kl",
+    "GKD, on-policy": "gkd",
+    "AlignDistil's core": "aligndistil",
+}
+GAMMAS = {0.1: "adpa_gamma_0.1", 0.7: "adpa", 2: "adpa_gamma_2", 4: "adpa_gamma_4"}
+# What a part of RM-Distiller adds is the first reward model against the second.
+PARTS = {
+    "refinement, with margins": ("rm_margin_refined", "rm_margin_plain"),
+    "refinement, Bradley-Terry": ("rm_bt_refined", "rm_bt_plain"),
+    "margins, refined pairs": ("rm_margin_refined", "rm_bt_refined"),
+    "margins, plain labels": ("rm_margin_plain", "rm_bt_plain"),
+    "KL on the teacher's response": ("rm", "rm_margin_refined"),
+    "all three": ("rm", "rm_bt_plain"),
+}
 
-    with figure(
-        docs / "rm_accuracy.svg",
-        title="Accuracy on held-out pairs",
-        xlabel="share of pairs ordered right",
-    ) as axes:
-        draw_intervals_of_keys(
-            axes, results, measured_rows(results, REWARD_MODELS), PAIR_ACCURACIES
-        )
 
-    seed_count = len(results["adpa"]["runs"])
-    seeds = "1 seed" if seed_count == 1 else f"{seed_count} seeds"
-    title = f"Reward after distillation, {seeds}"
-    with figure(docs / "rewards.svg", title=title, xlabel=reward) as axes:
-        draw_intervals(axes, results, measured_rows(results, METHODS))
-
-    with figure(
-        docs / "efficiency.svg",
-        title="Sample efficiency",
-        xlabel="response tokens trained on, thousands",
-        ylabel=reward,
-    ) as axes:
-        trained = measured_rows(results, METHODS)
-        trained = {label: name for label, name in trained.items() if name not in UNTRAINED}
-        draw_curves(axes, results, trained, "eval/reward", over="thousand tokens")
-
-    with figure(
-        docs / "gamma.svg", title="Too large a γ over-optimises", xlabel="γ", ylabel=reward
-    ) as axes:
-        gammas = {0.1: "adpa_gamma_0.1", 0.7: "adpa", 2: "adpa_gamma_2", 4: "adpa_gamma_4"}
-        axes.set_xscale("log")
-        draw_sweep(axes, results, gammas)
-
-    with figure(
-        docs / "dpkd_frozen.svg",
-        title="DPKD pushes y_s down without end if they are old",
-        xlabel="step",
-        ylabel="log q per token, untrained student's answers",
-    ) as axes:
-        rows = {"sampled anew every 4 steps": "dpkd", "of the untrained student": "dpkd_frozen"}
-        draw_curves(axes, results, rows, "eval/logp_student_answers", over="steps")
-
-    if any(name.startswith("rloo_") for name in results):
-        with figure(
-            docs / "rloo.svg",
-            title="Reinforcement learning: what the KL buys",
-            xlabel="KL to the student before training, nats per response",
-            ylabel=reward,
-        ) as axes:
-            draw_kl_spent(axes, results)
-
-    with figure(
-        docs / "pad_n.svg",
-        title="PAD over the number of answers",
-        xlabel="answers of a prompt",
-        ylabel=reward,
-    ) as axes:
-        answers = {2: "pad_2_answers", 3: "pad_3_answers", 4: "pad"}
-        draw_sweep(axes, results, answers)
+def draw_figures(results: dict, root: Path):
+    """The figures whose runs were made, each with its link on the pages. Of the others no file is
+    left, and the page says that they are not measured."""
+    for name, (draw, alt, marks) in FIGURES.items():
+        path = root / "docs" / name
+        is_drawn = draw(results, path)
+        if not is_drawn:
+            path.unlink(missing_ok=True)
+        for page in marks:
+            link = os.path.relpath(path, (root / page).parent)
+            text = f"![{alt}]({link})" if is_drawn else NOT_MEASURED
+            replace_block(root / page, path.stem, text)
 
 
 @contextmanager
-def figure(path: Path, *, title: str, xlabel: str, ylabel: str = ""):
-    """Axes to draw on, which become an SVG on white: legible on dark and light pages, and the same
-    bytes for the same results."""
+def figure(path: Path, *, title: str, panels: int = 1, height: float = 3.6):
+    """Axes to draw on, which become an SVG without a background: the same bytes for the same
+    results. Several panels have the same x axis. Text stays text, so labels keep some distance."""
     import matplotlib
 
-    matplotlib.use("svg")
+    matplotlib.use("agg")
     from matplotlib import pyplot
 
     matplotlib.rcParams["svg.hashsalt"] = "prefdistill"
     matplotlib.rcParams["svg.fonttype"] = "none"
+    matplotlib.rcParams["font.size"] = 9.5
     matplotlib.rcParams["axes.spines.right"] = False
     matplotlib.rcParams["axes.spines.top"] = False
     matplotlib.rcParams["axes.grid"] = True
-    matplotlib.rcParams["grid.alpha"] = 0.3
+    matplotlib.rcParams["grid.alpha"] = 0.25
+    for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"):
+        matplotlib.rcParams[name] = GREY
+    matplotlib.rcParams["grid.color"] = GREY
     matplotlib.rcParams["legend.frameon"] = False
 
-    canvas, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    canvas, axes = pyplot.subplots(1, panels, figsize=(7.6, height), layout="constrained")
+    canvas.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     yield axes
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    canvas.savefig(path, metadata={"Date": None}, facecolor="white")
+    canvas.savefig(path, metadata={"Date": None, "Title": title}, transparent=True)
     pyplot.close(canvas)
-
-
-UNTRAINED = ["student", "teacher"]
 
 
 def measured_rows(results: dict, rows: dict[str, str]) -> dict[str, str]:
@@ -1325,87 +1308,273 @@ def mean_reward(results: dict, name: str) -> float:
     return statistics.mean(values(results, name))
 
 
-def draw_intervals(axes, results: dict, rows: dict[str, str]):
-    """A dot and ± one standard error for each run, best at the top; every seed as a faint dot."""
-    ordered = sorted(rows.items(), key=lambda row: mean_reward(results, row[1]))
-    for height, (_, name) in enumerate(ordered):
-        numbers = values(results, name)
-        error = standard_error(numbers)
-        mean = statistics.mean(numbers)
-        axes.plot(numbers, [height] * len(numbers), ".", color="C0", alpha=0.3)
-        axes.errorbar(mean, height, xerr=error, fmt="o", color="C0", capsize=3)
-    axes.set_yticks(range(len(ordered)), [label for label, _ in ordered])
+def total_seconds(results: dict, name: str) -> float:
+    """Median seconds of a run and of all runs that it takes something from."""
+    return sum(median_seconds(results, needed) for needed in with_needs([name]))
 
 
-def draw_intervals_of_keys(axes, results: dict, rows: dict[str, str], keys: list[str]):
-    """A dot and ± one standard error for each run and each of several values, the first run at the
-    top. A value is named after the last part of its key."""
-    labels = list(reversed(rows))
-    for color, key in enumerate(keys):
-        for height, label in enumerate(labels):
-            numbers = values(results, rows[label], key)
-            axes.errorbar(
-                statistics.mean(numbers),
-                height + 0.2 * (1 - color),
-                xerr=standard_error(numbers),
-                fmt="o",
-                color=f"C{color}",
-                label=key.rpartition("/")[2] if height == 0 else None,
-            )
-    axes.set_yticks(range(len(labels)), labels)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+def draw_reward_over_time(results: dict, path: Path) -> bool:
+    """Reward against the time of all stages: the five methods and the baselines."""
+    methods = measured_rows(results, FIVE)
+    baselines = measured_rows(results, BASELINES)
+    if not methods or not baselines:
+        return False
+    title = reward_over_time_title(results, methods, baselines)
+    with figure(path, title=title, height=4.8) as axes:
+        points = []
+        groups = [("methods", methods, "o", BLUE), ("baselines", baselines, "s", ORANGE)]
+        for group, rows, marker, color in groups:
+            for label, name in rows.items():
+                x = total_seconds(results, name)
+                y = mean_reward(results, name)
+                error = standard_error(values(results, name))
+                axes.errorbar(x, y, yerr=error, fmt=marker, color=color, capsize=3)
+                points.append((label, x, y, error, color))
+            axes.plot([], [], marker, color=color, label=group)
+        right = 1.4 * max(x for _, x, _, _, _ in points)
+        lowest = min(y - error for _, _, y, error, _ in points)
+        axes.set(
+            xlim=(0, right),
+            ylim=(lowest - 0.04, BEST_POSSIBLE + 0.02),
+            xlabel="seconds of all stages that a row needs, on one CPU core",
+            ylabel=f"{REWARD} ± standard error",
+        )
+        label_line(axes, mean_reward(results, "teacher"), "teacher", right)
+        label_line(axes, BEST_POSSIBLE, "best possible", right)
+        axes.legend(loc="lower right", ncols=2)
+        label_points(axes, points)
+    return True
 
 
-def draw_curves(axes, results: dict, rows: dict[str, str], key: str, over: str):
-    """A metric's mean over seeds ± one standard error, over "steps" or over "thousand tokens"."""
-    for color, (label, name) in enumerate(rows.items()):
+def reward_over_time_title(results: dict, methods: dict, baselines: dict) -> str:
+    """Whether the best baseline or the best method has the higher reward, by its paired interval,
+    and whether it is also faster."""
+    method = max(methods, key=lambda label: mean_reward(results, methods[label]))
+    baseline = max(baselines, key=lambda label: mean_reward(results, baselines[label]))
+    first = values(results, baselines[baseline])
+    second = values(results, methods[method])
+    answer = verdict([one - other for one, other in zip(first, second)])
+    if answer == "not clearly":
+        return f"{method} and {baseline} have the highest rewards,\nneither clearly more"
+    winner, loser, group = (baseline, method, "methods")
+    if answer != "yes":
+        winner, loser, group = (method, baseline, "baselines")
+    names = methods | baselines
+    is_faster = total_seconds(results, names[winner]) < total_seconds(results, names[loser])
+    speed = "less" if is_faster else "more"
+    winner = winner[0].upper() + winner[1:]
+    return f"{winner}: more reward than any of the {group},\nin {speed} time than {loser}"
+
+
+def label_line(axes, y: float, label: str, x: float):
+    """A horizontal line with its name above its right end."""
+    axes.axhline(y, color=GREY, linestyle="--", linewidth=1)
+    axes.annotate(label, (x, y), (-2, 2), textcoords="offset points", ha="right", va="bottom")
+
+
+def label_points(axes, points: list[tuple]):
+    """Writes the label of every point (label, x, y, error, color) beside it, where it covers no
+    other label, point or line. Where no place is free, it takes the first."""
+    axes.figure.canvas.draw()
+    renderer = axes.figure.canvas.get_renderer()
+    taken = [text.get_window_extent(renderer) for text in axes.texts]
+    taken.append(axes.get_legend().get_window_extent(renderer))
+    for line in axes.lines:
+        if line.get_linestyle() == "--":
+            taken.append(line.get_window_extent(renderer).padded(2))
+    for _, x, y, error, _ in points:
+        lower, upper = axes.transData.transform([(x, y - error), (x, y + error)])
+        bar = type(taken[0])([lower, upper])
+        taken.append(bar.padded(5))
+    for label, x, y, _, color in sorted(points, key=lambda point: point[2]):
+        for place in PLACES:
+            text = write_label(axes, label, (x, y), place, color)
+            box = text.get_window_extent(renderer)
+            # A tenth wider, for a reader whose machine has another font.
+            if text.get_ha() == "left":
+                box.x1 += 0.1 * box.width
+            else:
+                box.x0 -= 0.1 * box.width
+            is_inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1
+            if is_inside and not any(box.overlaps(other) for other in taken):
+                break
+            text.remove()
+        else:
+            write_label(axes, label, (x, y), PLACES[0], color)
+        taken.append(box)
+
+
+def write_label(axes, label: str, point: tuple, place: tuple, color: str):
+    """A label so many points right of and above a marker, on the right side or on the left."""
+    sideways = "left" if place[0] > 0 else "right"
+    return axes.annotate(
+        label, point, place, textcoords="offset points", ha=sideways, va="center", color=color
+    )
+
+
+# Where a label may stand, in points from its marker.
+PLACES = [(8, 0), (-8, 0)]
+for distance in range(6, 36, 6):
+    PLACES += [(8, -distance), (-8, -distance), (8, distance), (-8, distance)]
+
+
+def draw_gamma(results: dict, path: Path) -> bool:
+    """Reward over ADPA's γ, between the untrained student and the teacher."""
+    runs = {gamma: name for gamma, name in GAMMAS.items() if name in results}
+    if len(runs) < 2:
+        return False
+    before = mean_reward(results, "student")
+    harmful = []
+    for gamma, name in runs.items():
+        pairs = zip(values(results, "student"), values(results, name))
+        if verdict([untrained - trained for untrained, trained in pairs]) == "yes":
+            harmful.append(gamma)
+    title = "ADPA: reward over γ"
+    if harmful:
+        title = f"ADPA at γ = {min(harmful):g} is worse than no training"
+    with figure(path, title=title) as axes:
+        axes.set_xscale("log")
+        means = [mean_reward(results, name) for name in runs.values()]
+        errors = [standard_error(values(results, name)) for name in runs.values()]
+        axes.errorbar(list(runs), means, yerr=errors, fmt="o", color=BLUE, capsize=3)
+        axes.plot(list(runs), means, ":", color=BLUE, linewidth=1)
+        axes.set_xticks(list(runs), [f"{gamma:g}" for gamma in runs])
+        axes.set(xlabel="γ, weight of the advantage", ylabel=REWARD)
+        label_line(axes, before, "student before", max(runs))
+        label_line(axes, mean_reward(results, "teacher"), "teacher", max(runs))
+    return True
+
+
+def draw_frozen(results: dict, path: Path) -> bool:
+    """DPKD with fresh and with old answers of the student: three curves of each."""
+    rows = {"fresh y_s, every 4 steps": "dpkd", "y_s of the untrained student": "dpkd_frozen"}
+    if len(measured_rows(results, rows)) < 2:
+        return False
+    teacher_changes = curve_change(results, "dpkd_frozen", "eval/logp_teacher_answers")
+    student_changes = curve_change(results, "dpkd_frozen", "eval/logp_student_answers")
+    title = "DPKD with fresh and with old answers y_s of the student"
+    if teacher_changes < 0 and student_changes < 0:
+        title = "DPKD with old y_s: the teacher's answers become less likely, too"
+    panels = {
+        "eval/reward": "oracle reward",
+        "eval/logp_teacher_answers": "log q of the teacher's answers,\nnats per token",
+        "eval/logp_student_answers": "log q of the untrained\nstudent's, nats per token",
+    }
+    with figure(path, title=title, panels=3) as axes:
+        for panel, (key, label) in zip(axes, panels.items()):
+            draw_curves(panel, results, rows, key)
+            panel.set(xlabel=STEP)
+            panel.set_title(label, fontsize=9.5)
+        handles, labels = axes[0].get_legend_handles_labels()
+        axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return True
+
+
+def curve_change(results: dict, name: str, key: str) -> float:
+    """By how much a metric changed from the first to the last evaluation, mean over seeds."""
+    changes = []
+    for run in results[name]["runs"]:
+        points = run["curves"][key]
+        changes.append(points[-1][2] - points[0][2])
+    return statistics.mean(changes)
+
+
+def draw_curves(axes, results: dict, rows: dict[str, str], key: str):
+    """A metric's mean over seeds ± one standard error, over the steps."""
+    for color, (label, name) in zip(COLORS, rows.items()):
         curves = [run["curves"][key] for run in results[name]["runs"]]
-        x = []
+        steps = []
         means = []
         low = []
         high = []
         for points in zip(*curves):  # of one moment: [step, tokens, value] of every seed
-            if over == "steps":
-                x.append(statistics.mean(point[0] for point in points))
-            else:
-                x.append(statistics.mean(point[1] for point in points) * 1e-3)
+            steps.append(statistics.mean(point[0] for point in points))
             numbers = [point[2] for point in points]
             mean = statistics.mean(numbers)
             error = standard_error(numbers)
             means.append(mean)
             low.append(mean - error)
             high.append(mean + error)
-        axes.plot(x, means, color=f"C{color}", label=label)
-        axes.fill_between(x, low, high, color=f"C{color}", alpha=0.2)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.plot(steps, means, color=color, label=label)
+        axes.fill_between(steps, low, high, color=color, alpha=0.25, linewidth=0)
 
 
-def draw_kl_spent(axes, results: dict):
+def draw_parts(results: dict, path: Path) -> bool:
+    """What each part of RM-Distiller adds to the accuracy, with 95 % intervals."""
+    parts = {label: names for label, names in PARTS.items() if is_measured(results, *names)}
+    if not parts:
+        return False
+    differences = {}
+    for label, (first, second) in parts.items():
+        pairs = zip(values(results, first, ACCURACY), values(results, second, ACCURACY))
+        differences[label] = [one - other for one, other in pairs]
+    clear = [label for label in parts if verdict(differences[label]) == "yes"]
+    title = "RM-Distiller: what clearly adds accuracy: " + (", ".join(clear) or "no part")
+    if len(title) > 70:
+        title = f"RM-Distiller: {len(clear)} of {len(parts)} comparisons show a clear gain"
+    with figure(path, title=title, height=3.0) as axes:
+        for height, label in enumerate(reversed(parts)):
+            mean = statistics.mean(differences[label])
+            width = half_width(differences[label])
+            if math.isinf(width):
+                width = 0.0
+            color = GREY
+            if verdict(differences[label]) != "not clearly":
+                color = BLUE if mean > 0 else ORANGE
+            axes.errorbar(mean, height, xerr=width, fmt="o", color=color, capsize=3)
+        axes.axvline(0, color=GREY, linestyle="--", linewidth=1)
+        axes.set_yticks(range(len(parts)), list(reversed(parts)))
+        axes.set(xlabel="difference in accuracy on all held-out pairs, with its 95 % interval")
+    return True
+
+
+def draw_kl_spent(results: dict, path: Path) -> bool:
     """The oracle's reward against the KL spent, a line for each reward that was learned from, with
     every seed as a faint dot. What was not measured is left out."""
-    for color, (label, kind) in enumerate(LEARNED_FROM.items()):
-        x = []
-        y = []
-        for kl_coef in KL_WEIGHTS:
-            name = f"rloo_{kind}_{kl_coef}"
-            if name not in results:
-                continue
-            spent = values(results, name, "kl_spent")
-            axes.plot(spent, values(results, name), ".", color=f"C{color}", alpha=0.3)
-            x.append(statistics.mean(spent))
-            y.append(mean_reward(results, name))
-        if x:
-            axes.plot(x, y, "o-", color=f"C{color}", label=label)
-    axes.set_xscale("log")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    if not any(name.startswith("rloo_") for name in results):
+        return False
+    title = "Reinforcement learning: what the KL buys"
+    with figure(path, title=title, height=4.0) as axes:
+        for color, (label, kind) in zip(COLORS, LEARNED_FROM.items()):
+            x = []
+            y = []
+            for kl_coef in KL_WEIGHTS:
+                name = f"rloo_{kind}_{kl_coef}"
+                if name not in results:
+                    continue
+                spent = values(results, name, "kl_spent")
+                axes.plot(spent, values(results, name), ".", color=color, alpha=0.4)
+                x.append(statistics.mean(spent))
+                y.append(mean_reward(results, name))
+            if x:
+                axes.plot(x, y, "o-", color=color, label=label)
+        axes.set_xscale("log")
+        axes.axhline(mean_reward(results, "student"), color=GREY, linestyle="--", linewidth=1)
+        axes.set(xlabel="KL to the student before training, nats per response", ylabel=REWARD)
+        axes.legend(title="learned from (dashed: no training)", loc="best")
+    return True
 
 
-def draw_sweep(axes, results: dict, runs: dict[float, str]):
-    """Reward ± one standard error over a setting, from {setting: run}, with ticks at these."""
-    means = [mean_reward(results, name) for name in runs.values()]
-    errors = [standard_error(values(results, name)) for name in runs.values()]
-    axes.errorbar(list(runs), means, yerr=errors, fmt="o-", capsize=3)
-    axes.set_xticks(list(runs), [f"{setting:g}" for setting in runs])
+# Of every figure: what draws it, its text for those who cannot see it, the pages that show it.
+FIGURES = {
+    "reward_over_time.svg": (
+        draw_reward_over_time,
+        "Reward against the seconds of all stages, methods and baselines",
+        ["README.md", "docs/results.md"],
+    ),
+    "gamma.svg": (draw_gamma, "ADPA's reward over γ", ["docs/results.md"]),
+    "dpkd_frozen.svg": (
+        draw_frozen,
+        "DPKD with fresh and with old answers of the student: reward and log-probs",
+        ["docs/results.md", "docs/dpkd.md"],
+    ),
+    "rm_parts.svg": (
+        draw_parts,
+        "What each part of RM-Distiller adds to the accuracy",
+        ["docs/results.md"],
+    ),
+    "rloo.svg": (draw_kl_spent, "Reward against KL spent", ["docs/results.md"]),
+}
 
 
 # --------------------------------------------------------------------------------------------- main

@@ -1,6 +1,7 @@
 """studies/compare.py: pages and figures say what docs/results.json holds; how runs are made."""
 
 import copy
+import html
 import json
 import math
 import os
@@ -32,18 +33,20 @@ class FakeFigures:
         self.names = []
         self.titles = []
         self.axes = MagicMock()
+        self.axes.get_legend_handles_labels.return_value = ([], [])
 
     @contextmanager
-    def figure(self, path: Path, *, title: str, xlabel: str, ylabel: str = ""):
+    def figure(self, path: Path, *, title: str, panels: int = 1, height: float = 3.6):
         self.names.append(path.name)
         self.titles.append(title)
-        yield self.axes
+        yield self.axes if panels == 1 else [self.axes] * panels
 
 
 @pytest.fixture
 def figures(monkeypatch) -> FakeFigures:
     fake = FakeFigures()
     monkeypatch.setattr(compare, "figure", fake.figure)
+    monkeypatch.setattr(compare, "label_points", MagicMock())
     return fake
 
 
@@ -64,10 +67,77 @@ def test_every_table_is_what_the_runs_say(pages, figures):
     for page in PAGES:
         assert (pages / page).read_text() == (ROOT / page).read_text(), page
     shown = "\n".join((ROOT / page).read_text() for page in PAGES)
-    for name in figures.names:
-        assert (ROOT / "docs" / name).stat().st_size > 1000
-        assert name in shown
+    for name, title in zip(figures.names, figures.titles, strict=True):
+        drawn = (ROOT / "docs" / name).read_text()
+        assert f"<dc:title>{html.escape(title, quote=False)}</dc:title>" in drawn
+        assert f"{name})" in shown
     assert {path.name for path in (ROOT / "docs").glob("*.svg")} == set(figures.names)
+
+
+LABEL = r'<text style="([^"]*)" x="([-\d.]+)" y="([-\d.]+)"[^>]*>([^<]*)</text>'
+
+
+def texts_of(figure: str) -> list[tuple]:
+    """(text, left, top, right, bottom) of the labels in a figure. A letter is at most 0.62 of the
+    font's size wide, in the mean of these words."""
+    found = []
+    for style, x, y, text in re.findall(LABEL, figure):
+        text = html.unescape(text)
+        size = float(re.search(r"font-size: ([\d.]+)px", style)[1])
+        width = 0.62 * size * len(text)
+        left = float(x)
+        if "text-anchor: end" in style:
+            left -= width
+        found.append((text, left, float(y) - 0.75 * size, left + width, float(y)))
+    return found
+
+
+def test_the_picture_of_the_readme_has_a_label_for_every_row_and_none_covers_another():
+    figure = (ROOT / "docs/reward_over_time.svg").read_text()
+    rows = {**compare.FIVE, **compare.BASELINES}
+    wanted = set(compare.measured_rows(RESULTS, rows)) | {"teacher", "best possible"}
+    labels = [box for box in texts_of(figure) if box[0] in wanted]
+    assert {text for text, *_ in labels} == wanted
+    for text, left, top, right, bottom in labels:
+        for other, other_left, other_top, other_right, other_bottom in labels:
+            beside = right <= other_left or other_right <= left
+            apart = bottom <= other_top or other_bottom <= top
+            assert text == other or beside or apart, (text, other)
+
+
+def with_rewards(**rewards: list[float]) -> dict:
+    results = {}
+    for name, numbers in rewards.items():
+        results[name] = {"runs": [{"reward_after": y, "seconds": 10.0} for y in numbers]}
+    return results
+
+
+def test_the_title_of_the_picture_follows_from_the_numbers():
+    """ADPA+ takes 20 seconds with its DCKD run, reverse KL 10."""
+    methods = {"DCKD": "dckd", "ADPA+": "adpa_plus"}
+    baselines = {"reverse KL": "reverse_kl"}
+    low = with_rewards(dckd=[0.5, 0.5], adpa_plus=[0.7, 0.71], reverse_kl=[0.9, 0.91])
+    assert compare.total_seconds(low, "adpa_plus") == 20
+    title = compare.reward_over_time_title(low, methods, baselines)
+    assert title == "Reverse KL: more reward than any of the methods,\nin less time than ADPA+"
+    high = with_rewards(dckd=[0.5, 0.5], adpa_plus=[1.0, 1.01], reverse_kl=[0.9, 0.91])
+    title = compare.reward_over_time_title(high, methods, baselines)
+    assert title == "ADPA+: more reward than any of the baselines,\nin more time than reverse KL"
+    equal = with_rewards(dckd=[0.5, 0.5], adpa_plus=[0.9, 0.8], reverse_kl=[0.8, 0.9])
+    title = compare.reward_over_time_title(equal, methods, baselines)
+    assert title.endswith("neither clearly more")
+
+
+def test_a_figure_without_its_runs_is_neither_drawn_nor_linked(pages, figures):
+    few = {name: RESULTS[name] for name in RESULTS if name not in ("dpkd_frozen", "adpa_gamma_4")}
+    few = {name: entry for name, entry in few.items() if not name.startswith("adpa_gamma")}
+    (pages / "docs/dpkd_frozen.svg").write_text("old")
+    compare.report(few, pages)
+    assert set(figures.names) == {"reward_over_time.svg", "rm_parts.svg"}
+    assert not (pages / "docs/dpkd_frozen.svg").exists()
+    for page in PAGES:
+        text = (pages / page).read_text()
+        assert "dpkd_frozen.svg" not in text and "gamma.svg" not in text
 
 
 def test_a_changed_result_changes_the_tables(pages, figures):
@@ -128,10 +198,10 @@ def test_reinforcement_learning_is_shown_from_what_is_there(pages, figures):
     assert "rloo.svg" in figures.names
     lines = [call.args for call in figures.axes.plot.call_args_list if "o-" in call.args]
     assert lines == [([2.0, 0.5], [1.0, 0.9], "o-"), ([4.0], [0.7], "o-")]
-    _, _, rest = (pages / "docs/results.md").read_text().partition("<!-- results:rloo -->\n")
+    page = (pages / "docs/results.md").read_text()
+    assert "](rloo.svg)" in page
+    _, _, rest = page.partition("<!-- results:rloo_table -->\n")
     assert rest.partition("\n<!-- /results -->")[0].splitlines() == [
-        "![reward against KL spent](rloo.svg)",
-        "",
         "| learned from | κ | KL spent, nats | oracle reward |",
         "| --- | --- | --- | --- |",
         "| the oracle | 0.1 | 2.00 | 1.000 |",
@@ -174,13 +244,12 @@ def test_a_report_of_one_seed_has_no_intervals(pages, figures):
     for entry in one_seed.values():
         entry["runs"] = entry["runs"][:1]
     compare.report(one_seed, pages)
-    assert "Reward after distillation, 1 seed" in figures.titles
-    assert len(figures.titles) == 6
+    assert len(figures.titles) == 4
     intervals = []
     for call in figures.axes.errorbar.call_args_list:
         interval = call.kwargs.get("xerr", call.kwargs.get("yerr"))
         intervals += interval if isinstance(interval, list) else [interval]
-    assert len(intervals) > 20
+    assert len(intervals) >= 20
     assert set(intervals) == {0.0}
     reward = RESULTS["dckd"]["runs"][0]["reward_after"]
     assert f"| DCKD | {reward:.3f} | " in (pages / "README.md").read_text()
