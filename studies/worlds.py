@@ -1,5 +1,4 @@
-"""Variants of the playground, for claims that need what it does not have: `python -m
-studies.worlds`.
+"""Variants of the playground, for claims that need what it does not have.
 
     lengths    half of the requests ask for a sentence about every word, so that answers have 3 to
                60 words: for the length normalisation of DPKD. A student and a teacher of their own

@@ -663,7 +663,7 @@ def test_answers_of_another_engine_are_taken_in_any_order(checkpoints, pairs, fe
     samples[3]["answers"] = finished("only one")
     run, code = feed({"samples_1.jsonl": samples[::-1]}, alpha=1.0)
     assert code == 0
-    assert "3 answers differ for 7 of 8 prompts, 7 kept" in capsys.readouterr().out
+    assert "7 of 8 prompts have 3 different answers; 7 kept" in capsys.readouterr().out
     assert read_jsonl(run / "samples_1.jsonl") == samples[::-1]
     rows = assert_scores(run, LM(checkpoints["teacher"], CPU))
     complete = [row["answers"] for row in samples if len(row["answers"]) == 3]

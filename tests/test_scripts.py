@@ -705,7 +705,7 @@ def test_r47_every_flag_is_read_and_every_flag_that_is_read_exists(script):
 def test_a_script_has_the_order_that_readers_expect(script):
     """Docstring, imports, mathematics, Args, terms, main. Every loss stands where it is logged."""
     text = source(script)
-    assert f"python {script}.py  " in ast.get_docstring(ast.parse(text))
+    assert f"\n    python {script}.py\n" in ast.get_docstring(ast.parse(text))
     order = [
         "import torch",
         "- mathematics\n",

@@ -385,7 +385,8 @@ def test_real_runs_are_printed_in_the_width_of_the_terminal_and_written(
     table.main(table.Args(folders, output=str(tmp_path / "table.csv")))
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 90
-    blocks = printed.strip().split("\n\n")
+    *blocks, explanation = printed.strip().split("\n\n")
+    assert explanation.startswith("± is a standard error")
     assert [block.splitlines()[0].split() for block in blocks] == [names[:2], names[2:]]
     assert re.search(r"^  gamma +– +2\.0$", blocks[0], re.M)
 
