@@ -1705,9 +1705,9 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 MAX_SEED = 2**63 - 1  # torch takes twice as many, and steps are added to it
 AT_LEAST_1 = ["max_prompt_tokens", "max_response_tokens", "num_epochs", "batch_size"]
 AT_LEAST_1 += ["micro_batch_size", "logits_chunk", "log_every", "eval_every", "save_every"]
-AT_LEAST_1 += ["eval_prompts", "sample_batch_size"]
+AT_LEAST_1 += ["sample_batch_size"]
 AT_LEAST_0 = ["seed", "max_steps", "learning_rate", "warmup_ratio", "weight_decay"]
-AT_LEAST_0 += ["max_grad_norm", "eval_temperature"]
+AT_LEAST_0 += ["max_grad_norm"]
 
 
 def parse_flags(Args: type, description: str, words: list[str] | None = None):
@@ -1732,12 +1732,13 @@ def parse_flags(Args: type, description: str, words: list[str] | None = None):
             title = " ".join(re.findall("[A-Z][a-z]*", group.__name__)).lower()
         kind = Annotated[with_help(group), tyro.conf.arg(name=title)]
         groups.append((group.__name__, kind))
-    module = sys.modules["__main__"].__spec__  # of `python -m studies.rloo`
+    module_spec = sys.modules["__main__"].__spec__  # None but for `python -m studies.rloo`
+    program = f"python -m {module_spec.name}" if module_spec else None
     try:
         grouped = tyro.cli(
             tyro.conf.OmitArgPrefixes[make_dataclass("Flags", groups)],
             args=words,
-            prog=f"python -m {module.name}" if module else None,
+            prog=program,
             description="",
             use_underscores=True,
         )
@@ -1799,6 +1800,7 @@ def exit_in_one_line(args):
 
 
 def end_interrupted(advice: str):
+    """Ends the program after Ctrl-C in one line, with the exit code of shells for it."""
     tqdm.write(f"interrupted; {advice}", file=sys.stderr)
     raise SystemExit(130) from None
 
@@ -1817,9 +1819,10 @@ def check_flags(args, at_least_0: list[str]):
     scripts share are checked as well.
     """
     minimum = dict.fromkeys(AT_LEAST_0 + at_least_0, 0) | dict.fromkeys(AT_LEAST_1, 1)
+    if hasattr(args, "eval_prompts"):  # the evaluations of rm_distiller.py sample no responses
+        minimum |= {"eval_prompts": 1, "eval_temperature": 0}
     for name, least in minimum.items():
-        # rm_distiller.py samples nothing in its evaluations, and lacks the flags for that.
-        value = getattr(args, name, least)
+        value = getattr(args, name)
         if not least <= value < math.inf:  # NaN is refused as well
             stop(f"--{name} {value} must be a number of at least {least}")
     if args.seed > MAX_SEED:

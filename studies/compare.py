@@ -1356,14 +1356,18 @@ def reward_over_time_title(results: dict, methods: dict, baselines: dict) -> str
     answer = verdict([one - other for one, other in zip(first, second)])
     if answer == "not clearly":
         return f"{method} and {baseline} have the highest rewards,\nneither clearly more"
-    winner, loser, group = (baseline, method, "methods")
+    winner = baseline
+    loser = method
+    beaten = "methods"
     if answer != "yes":
-        winner, loser, group = (method, baseline, "baselines")
+        winner = method
+        loser = baseline
+        beaten = "baselines"
     names = methods | baselines
     is_faster = total_seconds(results, names[winner]) < total_seconds(results, names[loser])
     speed = "less" if is_faster else "more"
     winner = winner[0].upper() + winner[1:]
-    return f"{winner}: more reward than any of the {group},\nin {speed} time than {loser}"
+    return f"{winner}: more reward than any of the {beaten},\nin {speed} time than {loser}"
 
 
 def label_line(axes, y: float, label: str, x: float):
@@ -1375,6 +1379,8 @@ def label_line(axes, y: float, label: str, x: float):
 def label_points(axes, points: list[tuple]):
     """Writes the label of every point (label, x, y, error, color) beside it, where it covers no
     other label, point or line. Where no place is free, it takes the first."""
+    from matplotlib.transforms import Bbox
+
     axes.figure.canvas.draw()
     renderer = axes.figure.canvas.get_renderer()
     taken = [text.get_window_extent(renderer) for text in axes.texts]
@@ -1384,8 +1390,7 @@ def label_points(axes, points: list[tuple]):
             taken.append(line.get_window_extent(renderer).padded(2))
     for _, x, y, error, _ in points:
         lower, upper = axes.transData.transform([(x, y - error), (x, y + error)])
-        bar = type(taken[0])([lower, upper])
-        taken.append(bar.padded(5))
+        taken.append(Bbox([lower, upper]).padded(5))
     for label, x, y, _, color in sorted(points, key=lambda point: point[2]):
         for place in PLACES:
             text = write_label(axes, label, (x, y), place, color)

@@ -33,6 +33,7 @@ from pathlib import Path
 
 import tyro
 
+from common import write_json
 from studies import compare
 from studies.compare import ROOT, SHORT, mean_and_error, run_folder, standard_error
 from studies.table import aligned, markdown, stop
@@ -281,10 +282,7 @@ def write_results(cells: Cells, root: Path):
     for by_seed in cells.values():
         flat += by_seed.values()
     path = root / "docs/tuning.json"
-    partial_path = path.with_name("tuning.json.partial")
-    results = {"best": best_of_all(cells), "cells": flat}
-    partial_path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-    partial_path.replace(path)
+    write_json(path, {"best": best_of_all(cells), "cells": flat})
     compare.replace_block(root / "docs/tuning.md", "tuning", report(cells))
 
 
